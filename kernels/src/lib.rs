@@ -1,0 +1,20 @@
+//! Floor 0: bytes and floats in, floats out.
+//!
+//! A weight arrives as codes and scales ([`WeightSource`]), is packed once into panels (`PackedWeight`) and is then
+//! multiplied without ever becoming a dense matrix: each row of `GEMMS` is a kernel that decodes codes in registers.
+//! Everything is chosen at run time from what the CPU offers ([`Isa`]), capped by `NIBBLE_ISA`.
+//!
+//! This crate knows nothing of files, schemes or models.
+
+pub mod error;
+pub mod isa;
+pub mod weight;
+
+pub use error::KernelError;
+pub use isa::Isa;
+pub use weight::{DenseSource, Levels, Outliers, Scales, WeightSource, Zeros};
+
+/// Weight rows (output features) in one panel: a vector of 16 lanes is one row a lane.
+pub const PANEL: usize = 16;
+/// Consecutive values along K that share one activation scale; weight groups are multiples of it.
+pub const BLOCK: usize = 32;

@@ -1,0 +1,13 @@
+//! Floor 1: what numbers mean and how they are stored.
+//!
+//! [`QuantSpec`] is the arithmetic of one tensor as data, [`QTensor`] a tensor in that arithmetic: file formats decode
+//! to it, algorithms produce it, kernels pack from it. It lives for one tensor at a time, so that a conversion's memory
+//! is bounded by its largest tensor.
+
+pub mod error;
+pub mod qtensor;
+pub mod spec;
+
+pub use error::QuantError;
+pub use qtensor::{QTensor, ScaleData, ZeroData};
+pub use spec::{FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, ScaleFormat, Span, Table, Zero};
