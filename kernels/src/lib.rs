@@ -8,10 +8,12 @@
 
 pub mod error;
 pub mod isa;
+pub mod pool;
 pub mod weight;
 
 pub use error::KernelError;
 pub use isa::Isa;
+pub use pool::Pool;
 pub use weight::{DenseSource, Levels, Outliers, Scales, WeightSource, Zeros};
 
 /// Weight rows (output features) in one panel: a vector of 16 lanes is one row a lane.
