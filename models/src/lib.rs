@@ -1,1 +1,9 @@
 //! Floor 2: model families, checkpoints, tokenizers, generation and evaluation.
+
+pub mod config;
+pub mod error;
+pub mod family;
+
+pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, RopeFrequencies, RopeScaling};
+pub use error::{ModelError, Result};
+pub use family::{FAMILIES, Family, WeightNames};

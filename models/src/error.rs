@@ -1,0 +1,62 @@
+//! Why a model can't be read, fetched or run. Every variant names the file, field or tensor it is about.
+
+use std::path::PathBuf;
+
+/// A refusal of this crate: which file, field or tensor, what was found, what was wanted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// The operating system refused a file operation.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file's bytes are not what its format asks for.
+    #[error("{path}: {why}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was wanted.
+        why: String,
+    },
+    /// A field of a configuration is missing, or its value can't be used.
+    #[error("{path}: `{field}`: {why}")]
+    Field {
+        /// The configuration file.
+        path: PathBuf,
+        /// The field, with dots between nested names.
+        field: String,
+        /// What was found and what was wanted.
+        why: String,
+    },
+    /// The model's type names no family of [`FAMILIES`](crate::family::FAMILIES).
+    #[error("{path}: `model_type` is `{found}`; known: {known}")]
+    UnknownFamily {
+        /// The configuration file.
+        path: PathBuf,
+        /// The type found.
+        found: String,
+        /// Every type that is known, separated by commas.
+        known: String,
+    },
+    /// Reading, checking or writing quantized tensors failed.
+    #[error(transparent)]
+    Quant(#[from] nibble_quant::QuantError),
+    /// A kernel refused its operands.
+    #[error(transparent)]
+    Kernel(#[from] nibble_kernels::KernelError),
+}
+
+impl ModelError {
+    /// An [`ModelError::Io`] about `path`, for `map_err`.
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// The result of this crate's fallible functions.
+pub type Result<T, E = ModelError> = std::result::Result<T, E>;
