@@ -5,6 +5,7 @@
 //! is bounded by its largest tensor.
 
 pub mod error;
+pub mod format;
 pub mod qtensor;
 pub mod spec;
 
