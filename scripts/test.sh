@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs all of them: unit and law tests, doctests, and the kernel laws once more for each
+# narrower instruction set (NIBBLE_ISA caps what a process may use). One cargo profile, so that dependencies compile once.
+#
+#   scripts/test.sh [nextest or cargo-test arguments for the main run]
+#
+# Without a network it says so and goes on; the tests that miss their model or oracle say so and are counted at the end.
+# With CI=true or NIBBLE_STRICT=1 a missing model or oracle is a failure.
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$REPO"
+
+TEST_ASSETS="smollm2 minilm texts"
+
+need_cargo
+export NIBBLE_MISSING="$CACHE/missing.log"
+rm -f "$NIBBLE_MISSING"
+
+say "models and texts"
+# shellcheck disable=SC2086 # a list of words
+"$REPO/scripts/fetch_assets.sh" $TEST_ASSETS || warn "some models are missing: the tests that need them will be counted, not run"
+
+say "oracles"
+install_oracles || warn "the Python oracles are missing: the tests that need them will be counted, not run"
+
+if cargo nextest --version >/dev/null 2>&1; then
+    run() { cargo nextest run --workspace "$@"; }
+    kernel_laws() { run -E 'package(nibble-kernels)'; }
+else
+    note "cargo-nextest is not installed: using cargo test (the same tests, one process a test file)"
+    run() { cargo test --workspace --lib --bins --tests --no-fail-fast "$@"; }
+    kernel_laws() { cargo test --package nibble-kernels --lib --tests --no-fail-fast; }
+fi
+
+say "doctests"
+cargo test --workspace --doc
+
+say "all tests, on the widest instruction set of this machine"
+run "$@"
+
+for isa in scalar avx2; do
+    say "kernel laws with NIBBLE_ISA=$isa"
+    NIBBLE_ISA="$isa" kernel_laws
+done
+
+if [ -s "$NIBBLE_MISSING" ]; then
+    count="$(sort -u "$NIBBLE_MISSING" | wc -l)"
+    warn "$count tests did NOT run what they are for, since something could not be fetched:
+$(sort -u "$NIBBLE_MISSING" | sed 's/^/    /')"
+    [ "${CI:-}" != true ] && [ "${NIBBLE_STRICT:-}" != 1 ] || die "missing models or oracles count as failures here (CI or NIBBLE_STRICT)"
+else
+    say "every test had what it needs"
+fi
