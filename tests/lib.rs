@@ -1,1 +1,5 @@
-//! tests
+//! Tests that cross crates, in one binary: the house checks itself, and helpers find what scripts/test.sh fetched.
+#![cfg(test)]
+
+mod architecture;
+mod assets;
