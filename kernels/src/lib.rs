@@ -9,6 +9,7 @@
 pub mod error;
 pub mod isa;
 pub mod pool;
+pub mod simd;
 pub mod weight;
 
 pub use error::KernelError;

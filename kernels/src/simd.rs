@@ -1,0 +1,260 @@
+//! Sixteen lanes at a time, written once: [`Simd`] is the small vocabulary that every algorithm of this crate is
+//! written in, and the types that implement it are the instruction sets.
+//!
+//! ```
+//! use nibble_kernels::{Isa, simd::{self, LANES, Simd, SimdOp}};
+//!
+//! struct Dot<'a>(&'a [f32], &'a [f32]);
+//! impl SimdOp for Dot<'_> {
+//!     type Output = f32;
+//!     #[inline(always)]
+//!     fn eval<S: Simd>(self, s: S) -> f32 {
+//!         let mut sum = s.splat(0.0);
+//!         for (a, b) in self.0.chunks(LANES).zip(self.1.chunks(LANES)) {
+//!             sum = s.fma(s.load_partial(a), s.load_partial(b), sum);
+//!         }
+//!         s.sum(sum)
+//!     }
+//! }
+//! assert_eq!(simd::dispatch(Isa::best(), Dot(&[1.0; 17], &[2.0; 17])), 34.0);
+//! ```
+//!
+//! **A token is the proof.** A value of type `S: Simd` exists only where the CPU has the instructions (`S::new`), so its
+//! methods are safe to call. `dispatch` makes the token and enters a function compiled for that instruction set; all
+//! that is called from [`SimdOp::eval`] must be `#[inline(always)]` and free of closures that might stay calls: code
+//! that is not inlined there is still right, but compiled without the instructions.
+//!
+//! **Every instruction set gives the same bits.** Each method is one correctly rounded IEEE operation a lane or exact
+//! integer arithmetic, `fma` is fused everywhere, and sums over lanes have one order. So the scalar implementation is
+//! an oracle for the others bit for bit, and a model's output doesn't depend on the machine.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub use avx2::{Avx2, AvxVnni, Ymm};
+#[cfg(target_arch = "x86_64")]
+pub use avx512::Avx512;
+pub use scalar::Scalar;
+
+use crate::Isa;
+use half::{bf16, f16};
+
+/// Lanes of a vector: 16 numbers of 32 bits.
+pub const LANES: usize = 16;
+/// Bytes of a vector.
+pub const BYTES: usize = 64;
+
+/// Work that can be compiled for any instruction set: a struct of its arguments.
+pub trait SimdOp {
+    /// What the work returns.
+    type Output;
+
+    /// Does the work. Must be `#[inline(always)]`.
+    fn eval<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Does `op` with the instructions of `isa`, or with portable ones if this CPU lacks them.
+pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
+    #[cfg(target_arch = "x86_64")]
+    match isa {
+        Isa::Avx512 => {
+            if let Some(s) = Avx512::new() {
+                return s.vectorize(op);
+            }
+        }
+        Isa::AvxVnni => {
+            if let Some(s) = AvxVnni::new() {
+                return s.vectorize(op);
+            }
+        }
+        Isa::Avx2 => {
+            if let Some(s) = Avx2::new() {
+                return s.vectorize(op);
+            }
+        }
+        Isa::Scalar => {}
+    }
+    let _ = isa;
+    Scalar.vectorize(op)
+}
+
+/// An instruction set, as operations on vectors of 16 lanes.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// Its name.
+    const ISA: Isa;
+    /// What [`Simd::dot_levels`] adds to every level: `dot = sum((level + LEVEL_BIAS) * x)`.
+    const LEVEL_BIAS: i32;
+
+    /// 16 single-precision numbers.
+    type F32: Copy;
+    /// 16 32-bit integers.
+    type I32: Copy;
+    /// 64 bytes; lane i of a dot product is made of bytes 4i..4i+4.
+    type Bytes: Copy;
+    /// 16 truths.
+    type Mask: Copy;
+    /// Running dot products of 4-bit codes over one [`BLOCK`](crate::BLOCK).
+    type NibbleSum: Copy;
+    /// Signed 8-bit levels prepared for [`Simd::dot_levels`].
+    type Levels: Copy;
+
+    /// The token, if this CPU has the instructions.
+    fn new() -> Option<Self>;
+
+    /// Runs `op` in a function that is compiled for these instructions.
+    fn vectorize<O: SimdOp>(self, op: O) -> O::Output;
+
+    // Floats.
+
+    /// The same number in every lane.
+    fn splat(self, v: f32) -> Self::F32;
+    /// 16 numbers.
+    fn load(self, from: &[f32; LANES]) -> Self::F32;
+    /// Stores 16 numbers.
+    fn store(self, v: Self::F32, to: &mut [f32; LANES]);
+    /// 16 half-precision numbers, widened.
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F32;
+    /// Stores 16 numbers rounded (half to even) to half precision.
+    fn store_f16(self, v: Self::F32, to: &mut [f16; LANES]);
+    /// 16 bfloat16 numbers, widened.
+    fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32;
+    /// 16 unsigned bytes as floats.
+    fn load_u8(self, from: &[u8; LANES]) -> Self::F32;
+    /// 16 signed bytes as floats.
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F32;
+    /// a + b
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// a - b
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// a * b
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// a / b
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// a * b + c, rounded once.
+    fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// c - a * b, rounded once.
+    fn fnma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// `if a < b { a } else { b }`: b where one of them is NaN.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `if a > b { a } else { b }`: b where one of them is NaN.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// |a|
+    fn abs(self, a: Self::F32) -> Self::F32;
+    /// The square root.
+    fn sqrt(self, a: Self::F32) -> Self::F32;
+    /// a < b; false where one of them is NaN.
+    fn lt(self, a: Self::F32, b: Self::F32) -> Self::Mask;
+    /// `a` where the mask is true, `b` elsewhere.
+    fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Nearest integers, halves to even; `i32::MIN` for NaN and for what doesn't fit.
+    fn to_i32(self, a: Self::F32) -> Self::I32;
+    /// The sum of all lanes: lane i + lane i+8, then i + i+4, then i + i+2, then the last two.
+    fn sum(self, a: Self::F32) -> f32;
+    /// The largest lane, by [`Simd::max`] in the order of [`Simd::sum`].
+    fn largest(self, a: Self::F32) -> f32;
+
+    // Integers.
+
+    /// The same integer in every lane.
+    fn splat_i32(self, v: i32) -> Self::I32;
+    /// 16 integers.
+    fn load_i32(self, from: &[i32; LANES]) -> Self::I32;
+    /// Stores 16 integers.
+    fn store_i32(self, v: Self::I32, to: &mut [i32; LANES]);
+    /// Stores 16 integers saturated to signed bytes.
+    fn store_i8(self, v: Self::I32, to: &mut [i8; LANES]);
+    /// a + b, wrapping.
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// a & b
+    fn and_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// a << bits
+    fn shl(self, a: Self::I32, bits: i32) -> Self::I32;
+    /// a >> bits, zeros shifted in.
+    fn shr(self, a: Self::I32, bits: i32) -> Self::I32;
+    /// The nearest floats.
+    fn to_f32(self, a: Self::I32) -> Self::F32;
+    /// The floats whose bits these are.
+    fn from_bits(self, a: Self::I32) -> Self::F32;
+    /// The bits of floats.
+    fn to_bits(self, a: Self::F32) -> Self::I32;
+    /// `table[index & 15]`
+    fn lookup(self, table: Self::F32, index: Self::I32) -> Self::F32;
+    /// The sum of all lanes, wrapping.
+    fn sum_i32(self, a: Self::I32) -> i32;
+
+    // Bytes and their dot products.
+
+    /// 64 bytes.
+    fn load_bytes(self, from: &[u8; BYTES]) -> Self::Bytes;
+    /// 16 bytes, four times over: a table for [`Simd::lookup_bytes`].
+    fn splat16(self, from: &[i8; 16]) -> Self::Bytes;
+    /// 4 bytes, 16 times over: 4 activations that meet 16 rows.
+    fn splat4(self, from: &[i8; 4]) -> Self::Bytes;
+    /// The low 4 bits of every byte.
+    fn low_nibbles(self, v: Self::Bytes) -> Self::Bytes;
+    /// The high 4 bits of every byte.
+    fn high_nibbles(self, v: Self::Bytes) -> Self::Bytes;
+    /// Every byte with its top bit flipped: unsigned code to signed code - 128.
+    fn flip_top_bits(self, v: Self::Bytes) -> Self::Bytes;
+    /// `table[index]` for bytes of 0..=15; `table` is a [`Simd::splat16`].
+    fn lookup_bytes(self, table: Self::Bytes, index: Self::Bytes) -> Self::Bytes;
+    /// Each 4 bytes as one integer, little endian.
+    fn words(self, v: Self::Bytes) -> Self::I32;
+
+    /// No products yet.
+    fn nibble_zero(self) -> Self::NibbleSum;
+    /// Adds the products of codes 0..=15 and signed bytes in -127..=127, 4 to a lane. Exact for up to 8 calls, which
+    /// is one block; then [`Simd::nibble_total`] takes the sum.
+    fn dot_nibbles(self, sum: Self::NibbleSum, codes: Self::Bytes, x: Self::Bytes) -> Self::NibbleSum;
+    /// The dot products of a block.
+    fn nibble_total(self, sum: Self::NibbleSum) -> Self::I32;
+    /// Signed levels -128..=127 in the form that dot products want; made once, used for many rows.
+    fn levels(self, v: Self::Bytes) -> Self::Levels;
+    /// Adds `(level + LEVEL_BIAS) * x` for signed bytes x in -127..=127, 4 to a lane; exact.
+    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes) -> Self::I32;
+
+    // Composed of the above.
+
+    /// Up to 16 numbers, zeros after them.
+    #[inline(always)]
+    fn load_partial(self, from: &[f32]) -> Self::F32 {
+        match from.first_chunk() {
+            Some(whole) => self.load(whole),
+            None => {
+                let mut padded = [0.0; LANES];
+                padded[..from.len()].copy_from_slice(from);
+                self.load(&padded)
+            }
+        }
+    }
+
+    /// Stores as many of the 16 numbers as there is room for.
+    #[inline(always)]
+    fn store_partial(self, v: Self::F32, to: &mut [f32]) {
+        match to.first_chunk_mut() {
+            Some(whole) => self.store(v, whole),
+            None => {
+                let mut padded = [0.0; LANES];
+                self.store(v, &mut padded);
+                let len = to.len();
+                to.copy_from_slice(&padded[..len]);
+            }
+        }
+    }
+
+    /// Asks for the cache line at `at`, which need not be a valid address.
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch is a hint that never faults, whatever the address; SSE is in the x86-64 baseline.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = at;
+    }
+}
