@@ -4,11 +4,15 @@
 //! to it, algorithms produce it, kernels pack from it. It lives for one tensor at a time, so that a conversion's memory
 //! is bounded by its largest tensor.
 
+pub mod bits;
 pub mod error;
 pub mod format;
+pub mod nf4;
 pub mod qtensor;
 pub mod spec;
 
-pub use error::QuantError;
+pub use error::{QuantError, Result};
 pub use qtensor::{QTensor, ScaleData, ZeroData};
-pub use spec::{FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, ScaleFormat, Span, Table, Zero};
+pub use spec::{
+    FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, Range, ScaleFormat, Span, SpecBytes, Table, Zero,
+};

@@ -1,7 +1,11 @@
 //! A tensor in a [`QuantSpec`]'s arithmetic: the one meeting point of formats, algorithms and kernels.
 
-use crate::QuantSpec;
+mod check;
+
+use crate::{QuantSpec, nf4};
+use half::f16;
 use nibble_kernels::Outliers;
+use rayon::prelude::*;
 
 /// One quantized matrix. Row n is an output feature, groups run along K.
 #[derive(Debug, Clone, PartialEq)]
@@ -12,11 +16,13 @@ pub struct QTensor {
     pub shape: [usize; 2],
     /// (n, k) codes, one a byte, 0..2^bits (symmetric integers in offset binary: level + 2^(bits-1)).
     pub codes: Vec<u8>,
-    /// (n, groups) scales.
+    /// (n, groups) scales; one with [`crate::Granularity::Tensor`].
     pub scales: ScaleData,
-    /// Zero points or minimums, where the spec has them.
+    /// Zero points or minimums, where the spec has them, shaped as the scales.
     pub zeros: ZeroData,
-    /// What is added outside of the grid; empty if nothing is.
+    /// What is added outside of the grid, in this tensor's column order; empty if nothing is. With outliers a group
+    /// every group has as many as the spec says (short groups at most all their values), with outlier columns every row
+    /// has the same.
     pub outliers: Outliers,
     /// Column of the original weight that each column here came from, if they were reordered (GPTQ's act-order).
     pub order: Option<Vec<u32>>,
@@ -52,6 +58,129 @@ pub enum ZeroData {
     None,
     /// (n, groups) integer zero points.
     Int(Vec<u8>),
-    /// (n, groups) float minimums.
+    /// (n, groups) float minimums; coded ones are unsigned.
     Min(ScaleData),
+}
+
+impl QTensor {
+    /// Groups of a row.
+    pub fn groups(&self) -> usize {
+        self.spec.groups(self.shape[1])
+    }
+
+    /// Scale of group `g` of row `r`.
+    pub fn scale(&self, r: usize, g: usize) -> f32 {
+        self.number(&self.scales, r, g)
+    }
+
+    /// The level that is subtracted from codes in group `g` of row `r`: the zero point, or the middle of symmetric
+    /// integers; 0 with minimums and for tables.
+    pub fn zero(&self, r: usize, g: usize) -> i32 {
+        match &self.zeros {
+            ZeroData::Int(zeros) => zeros[self.scale_row(r) * self.groups() + g] as i32,
+            _ => self.spec.middle(),
+        }
+    }
+
+    /// The minimum that is added in group `g` of row `r`; 0 without minimums.
+    pub fn min(&self, r: usize, g: usize) -> f32 {
+        match &self.zeros {
+            ZeroData::Min(mins) => self.number(mins, r, g),
+            _ => 0.0,
+        }
+    }
+
+    /// Writes row `r` in floats, columns in the original order; `out` holds `k` values.
+    ///
+    /// # Panics
+    /// If `r` or `out` don't fit the shape, or the tensor doesn't pass [`QTensor::validate`].
+    pub fn dequantize_row(&self, r: usize, out: &mut [f32]) {
+        match &self.order {
+            None => self.row_in_order(r, out),
+            Some(order) => {
+                let mut row = vec![0.0; out.len()];
+                self.row_in_order(r, &mut row);
+                for (value, &col) in row.iter().zip(order) {
+                    out[col as usize] = *value;
+                }
+            }
+        }
+    }
+
+    /// All values in floats, (n, k), columns in the original order.
+    ///
+    /// # Panics
+    /// If the tensor doesn't pass [`QTensor::validate`].
+    pub fn dequantize(&self) -> Vec<f32> {
+        let [n, k] = self.shape;
+        let mut out = vec![0.0; n * k];
+        if k > 0 {
+            out.par_chunks_mut(k).enumerate().for_each(|(r, row)| self.dequantize_row(r, row));
+        }
+        out
+    }
+
+    /// Bytes of the tensor as the native format stores it: [`QuantSpec::bytes`] and 4 a column if they were reordered.
+    pub fn bytes(&self) -> u64 {
+        self.spec.bytes(self.shape) + self.order.as_ref().map_or(0, |order| 4 * order.len() as u64)
+    }
+
+    /// Bits per weight with everything that is stored; 0 for an empty tensor.
+    pub fn bits_per_weight(&self) -> f64 {
+        let weights = self.shape[0] as f64 * self.shape[1] as f64;
+        if weights == 0.0 { 0.0 } else { self.bytes() as f64 * 8.0 / weights }
+    }
+
+    fn row_in_order(&self, r: usize, out: &mut [f32]) {
+        let k = self.shape[1];
+        let codes = &self.codes[r * k..(r + 1) * k];
+        let levels = self.spec.levels();
+        let size = self.spec.group_size(k);
+        for (g, (codes, out)) in codes.chunks(size).zip(out.chunks_mut(size)).enumerate() {
+            let scale = self.scale(r, g);
+            match &self.zeros {
+                ZeroData::None => codes.iter().zip(out).for_each(|(&c, o)| *o = scale * levels[c as usize]),
+                ZeroData::Int(_) => {
+                    let zero = self.zero(r, g) as f32;
+                    codes.iter().zip(out).for_each(|(&c, o)| *o = scale * (levels[c as usize] - zero));
+                }
+                ZeroData::Min(_) => {
+                    let min = self.min(r, g);
+                    codes.iter().zip(out).for_each(|(&c, o)| *o = scale * levels[c as usize] + min);
+                }
+            }
+        }
+        for (col, value) in self.row_outliers(r) {
+            out[col] += value.to_f32();
+        }
+    }
+
+    /// Column and value of the outliers of row `r`, ascending.
+    pub fn row_outliers(&self, r: usize) -> impl Iterator<Item = (usize, f16)> {
+        let Outliers { row_start, cols, values } = &self.outliers;
+        let range = match row_start.get(r..r + 2) {
+            Some(ends) => ends[0] as usize..ends[1] as usize,
+            None => 0..0,
+        };
+        cols[range.clone()].iter().map(|&c| c as usize).zip(values[range].iter().copied())
+    }
+
+    fn scale_row(&self, r: usize) -> usize {
+        r.min(self.spec.scale_rows(self.shape[0]).saturating_sub(1))
+    }
+
+    fn number(&self, data: &ScaleData, r: usize, g: usize) -> f32 {
+        let k = self.shape[1];
+        let (r, groups) = (self.scale_row(r), self.groups());
+        let i = r * groups + g;
+        match data {
+            ScaleData::Float(values) => values[i],
+            ScaleData::Coded { codes, second } => {
+                codes[i] as f32 * second[r * self.spec.spans(k) + g / self.spec.span_groups(k)]
+            }
+            ScaleData::Dynamic { codes, absmax, offset } => {
+                nf4::dynamic_map()[codes[i] as usize] * absmax[i / self.spec.dynamic_blocks()] + offset
+            }
+        }
+    }
 }
