@@ -42,6 +42,26 @@ pub enum ModelError {
         /// Every type that is known, separated by commas.
         known: String,
     },
+    /// A context or a batch that can't be.
+    #[error("{why}")]
+    Context {
+        /// What was asked for and what there is.
+        why: String,
+    },
+    /// A sequence outgrew its context.
+    #[error("{wanted} tokens in a context planned for {capacity}")]
+    ContextFull {
+        /// Tokens that the sequence would have.
+        wanted: usize,
+        /// Tokens that fit.
+        capacity: usize,
+    },
+    /// A text can't be scored.
+    #[error("evaluation: {why}")]
+    Eval {
+        /// What was found and what was wanted.
+        why: String,
+    },
     /// Reading, checking or writing quantized tensors failed.
     #[error(transparent)]
     Quant(#[from] nibble_quant::QuantError),

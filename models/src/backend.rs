@@ -1,0 +1,188 @@
+//! The operations that a transformer needs, over buffers that the backend owns.
+//!
+//! A family is written once over [`Backend`] and runs on every device that implements it. Buffers are planned when a
+//! context is made ([`crate::decoder::Decoder::context`]): no operation allocates. Rows of a buffer are tokens; which
+//! sequence and position a row belongs to is said by [`Segment`]s, so that one forward pass serves a prompt chunk, one
+//! decoded token, or one token each of many sequences.
+
+use crate::config::Activation;
+use crate::error::Result;
+use nibble_quant::QTensor;
+use std::ops::Range;
+
+/// Rows of a batch that continue one sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    /// Which sequence of the context they belong to.
+    pub sequence: usize,
+    /// Their rows in the batch.
+    pub rows: Range<usize>,
+    /// Position of the first of them within its sequence: how many tokens the cache holds before.
+    pub position: usize,
+}
+
+/// A matrix on its way to a device: (n, k), row n is an output feature.
+#[derive(Debug)]
+pub enum Matrix<'a> {
+    /// Codes and scales.
+    Quantized(QTensor),
+    /// Floats as a checkpoint stores them.
+    Dense(DenseMatrix<'a>),
+}
+
+/// Floats in little-endian bytes, (n, k) row-major.
+#[derive(Debug, Clone)]
+pub struct DenseMatrix<'a> {
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// What the bytes are.
+    pub dtype: nibble_quant::FloatFormat,
+    /// The bytes, of any alignment.
+    pub bytes: std::borrow::Cow<'a, [u8]>,
+}
+
+/// What an attention layer does with queries, keys and values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; `heads` is a multiple.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on the dot products, usually 1/sqrt(head_dim).
+    pub scale: f32,
+    /// Only this many most recent positions are seen, counting the query's own.
+    pub window: Option<usize>,
+    /// Dot products become cap * tanh(dot / cap).
+    pub softcap: Option<f32>,
+}
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvKind {
+    /// Single precision, for comparisons.
+    F32,
+    /// Half precision.
+    #[default]
+    F16,
+    /// int8 codes with a scale a head and position.
+    Int8,
+}
+
+/// The size of one sequence's cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvPlan {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Key/value heads of a layer.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Positions that fit.
+    pub capacity: usize,
+    /// How keys and values are kept.
+    pub kind: KvKind,
+}
+
+/// One fused product of [`Backend::linear`]: `out = x * weight^T + bias`.
+pub struct Linear<'a, B: Backend + ?Sized> {
+    /// (n, k).
+    pub weight: &'a B::Weight,
+    /// (n), added to each row.
+    pub bias: Option<&'a B::Vector>,
+    /// (rows, n).
+    pub out: &'a mut B::Buffer,
+}
+
+/// A device: how it stores weights, activations and caches, and what it can do with them.
+///
+/// Every `rows` argument counts the rows in use, at most what the buffer was made for.
+pub trait Backend: Send + Sync {
+    /// A matrix in the device's layout.
+    type Weight: Send + Sync;
+    /// A vector of f32: a norm's gain or a bias.
+    type Vector: Send + Sync;
+    /// Activations, (rows, width) f32.
+    type Buffer: Send;
+    /// Keys and values of one sequence, all layers.
+    type Cache: Send;
+    /// Cosines and sines of every position.
+    type Rope: Send + Sync;
+
+    /// Moves a matrix to the device.
+    fn weight(&self, matrix: Matrix<'_>) -> Result<Self::Weight>;
+    /// Moves a vector to the device.
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector>;
+    /// A buffer for up to `rows` rows of `width` values.
+    fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
+    /// An empty cache.
+    fn cache(&self, plan: &KvPlan) -> Result<Self::Cache>;
+    /// Rotation tables for positions `0..positions`; `inverse_frequencies` has one entry a rotated pair, and `factor`
+    /// multiplies cosines and sines (YaRN's attention factor, else 1).
+    fn rope_table(&self, inverse_frequencies: &[f32], factor: f32, positions: usize) -> Result<Self::Rope>;
+    /// Bytes that a weight occupies on the device.
+    fn weight_bytes(&self, weight: &Self::Weight) -> usize;
+
+    /// out[i] = scale * row `tokens[i]` of the table.
+    fn embed(&self, table: &Self::Weight, tokens: &[u32], scale: f32, out: &mut Self::Buffer) -> Result<()>;
+    /// out = x / rms(x) * gain, row by row.
+    fn rms_norm(
+        &self,
+        x: &Self::Buffer,
+        gain: &Self::Vector,
+        eps: f32,
+        rows: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The same over each head of `x`, in place (QK-norm).
+    fn head_norm(&self, x: &mut Self::Buffer, gain: &Self::Vector, eps: f32, rows: usize) -> Result<()>;
+    /// Several products of the same activations; the activations are quantized once.
+    fn linear(&self, x: &mut Self::Buffer, rows: usize, products: &mut [Linear<'_, Self>]) -> Result<()>;
+    /// out += x * weight^T + bias: a product that lands on the residual stream.
+    fn linear_add(
+        &self,
+        x: &mut Self::Buffer,
+        rows: usize,
+        weight: &Self::Weight,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Rotates each head of `x` by its row's position, NeoX halves, in place.
+    fn rope(&self, x: &mut Self::Buffer, table: &Self::Rope, head_dim: usize, segments: &[Segment]) -> Result<()>;
+    /// Appends each segment's keys and values (rows, kv_heads * head_dim) to its sequence's cache.
+    fn append(
+        &self,
+        caches: &mut [Self::Cache],
+        layer: usize,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        segments: &[Segment],
+    ) -> Result<()>;
+    /// Causal attention of each row's query heads over its sequence's cache; out is (rows, heads * head_dim).
+    fn attention(
+        &self,
+        caches: &[Self::Cache],
+        layer: usize,
+        q: &Self::Buffer,
+        spec: &AttentionSpec,
+        segments: &[Segment],
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// gate = activation(gate) * up.
+    fn gated(&self, activation: Activation, gate: &mut Self::Buffer, up: &Self::Buffer, rows: usize) -> Result<()>;
+    /// x += y.
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, rows: usize) -> Result<()>;
+    /// x = cap * tanh(x / cap).
+    fn softcap(&self, x: &mut Self::Buffer, cap: f32, rows: usize) -> Result<()>;
+    /// x *= factor.
+    fn scale(&self, x: &mut Self::Buffer, factor: f32, rows: usize) -> Result<()>;
+    /// out[i] = x[rows[i]].
+    fn select_rows(&self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
+    /// The rows' values as the host sees them, row-major; a copy where the device's memory is not the host's.
+    fn read<'a>(&self, x: &'a Self::Buffer, rows: Range<usize>) -> Result<std::borrow::Cow<'a, [f32]>>;
+    /// Forgets all positions from `length` on.
+    fn truncate(&self, cache: &mut Self::Cache, length: usize) -> Result<()>;
+}
