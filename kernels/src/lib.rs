@@ -8,12 +8,14 @@
 
 pub mod error;
 pub mod isa;
+pub mod ops;
 pub mod pool;
 pub mod simd;
 pub mod weight;
 
 pub use error::KernelError;
 pub use isa::Isa;
+pub use ops::Ops;
 pub use pool::Pool;
 pub use weight::{DenseSource, Levels, Outliers, Scales, WeightSource, Zeros};
 

@@ -203,7 +203,36 @@ impl Pool {
         });
     }
 
+    /// As [`Pool::for_each_part`] over two slices, part for part: `f(index, part of a, part of b)`.
+    ///
+    /// # Panics
+    /// If the slices aren't cut into equally many parts, or if a length is 0 and its slice isn't empty.
+    pub fn for_each_part_pair<A: Send, B: Send>(
+        &self,
+        (a, len_a): (&mut [A], usize),
+        (b, len_b): (&mut [B], usize),
+        f: impl Fn(usize, &mut [A], &mut [B]) + Sync,
+    ) {
+        let (total_a, total_b) = (a.len(), b.len());
+        if total_a == 0 && total_b == 0 {
+            return;
+        }
+        let parts = total_a.div_ceil(len_a);
+        assert_eq!(parts, total_b.div_ceil(len_b), "parts of both slices");
+        let (a, b) = (Whole(a.as_mut_ptr()), Whole(b.as_mut_ptr()));
+        self.for_each(parts, |index| {
+            let (start_a, start_b) = (index * len_a, index * len_b);
+            // SAFETY: as in `for_each_part`; index < parts, which both slices have.
+            let a = unsafe { std::slice::from_raw_parts_mut(a.at(start_a), len_a.min(total_a - start_a)) };
+            // SAFETY: as above.
+            let b = unsafe { std::slice::from_raw_parts_mut(b.at(start_b), len_b.min(total_b - start_b)) };
+            f(index, a, b);
+        });
+    }
+
     /// As [`Pool::for_each_part`], each worker with a scratch value of its own: `f(index, part, scratch)`.
+    ///
+    /// Parts are taken last first, because in causal work the last are the largest.
     ///
     /// # Panics
     /// If there are fewer scratch values than [`Pool::threads`], or if `len` is 0 and `data` isn't empty.
@@ -220,7 +249,9 @@ impl Pool {
             return;
         }
         let (whole, scratch) = (Whole(data.as_mut_ptr()), Whole(scratch.as_mut_ptr()));
-        self.for_each_worker(total.div_ceil(len), |index, worker| {
+        let parts = total.div_ceil(len);
+        self.for_each_worker(parts, |item, worker| {
+            let index = parts - 1 - item;
             let start = index * len;
             // SAFETY: as in `for_each_part`.
             let part = unsafe { std::slice::from_raw_parts_mut(whole.at(start), len.min(total - start)) };

@@ -198,6 +198,15 @@ fn parts_cover_the_slice_and_the_last_may_be_short() {
             });
             assert!(data.iter().enumerate().all(|(i, v)| i == *v), "{total} in parts of {len}");
 
+            let mut twice = vec![[usize::MAX; 2]; total];
+            pool.for_each_part_pair((&mut twice, len), (&mut data, len), |index, twice, data| {
+                assert_eq!(data.first(), Some(&(index * len)), "parts of one index meet");
+                for (twice, value) in twice.iter_mut().zip(data) {
+                    *twice = [*value, *value];
+                }
+            });
+            assert!(twice.iter().enumerate().all(|(i, v)| [i, i] == *v));
+
             let mut scratch = vec![0_usize; threads];
             pool.for_each_part_with(&mut data, len, &mut scratch, |_, part, count| {
                 *count += part.len();
@@ -216,6 +225,8 @@ fn parts_of_no_values_and_missing_scratch_are_refused() {
     assert!(zero.is_err());
     let short = catch_unwind(AssertUnwindSafe(|| pool.for_each_part_with(&mut [1], 1, &mut [()], |_, _, ()| ())));
     assert!(short.is_err());
+    let pair = AssertUnwindSafe(|| pool.for_each_part_pair((&mut [1; 4], 2), (&mut [1; 4], 1), |_, _, _| ()));
+    assert!(catch_unwind(pair).is_err());
 }
 
 #[test]
