@@ -44,6 +44,58 @@ pub enum KernelError {
         /// Columns of the weight.
         k: usize,
     },
+    /// Outlier row offsets that don't start at 0, go backwards or reach past the columns.
+    #[error("outliers of row {row} are {start}..{end}; offsets start at 0, ascend and end within the columns")]
+    OutlierRow {
+        /// The row.
+        row: usize,
+        /// Its first offset.
+        start: u32,
+        /// Its end.
+        end: u32,
+    },
+    /// A zero point too large for exact arithmetic.
+    #[error("zero point {found}; kernels take -255..=255")]
+    Zero {
+        /// The zero point found.
+        found: i32,
+    },
+    /// A scale's or minimum's code that doesn't fit into a byte with the others.
+    #[error("code {found} of {what} at row {row}, group {group}; all are in 0..=255 or all in -128..=127")]
+    ScaleCode {
+        /// Which numbers.
+        what: &'static str,
+        /// Row of the code.
+        row: usize,
+        /// Group of the code.
+        group: usize,
+        /// The code found.
+        found: i16,
+    },
+    /// A second-level scale that no group shares.
+    #[error("{what} with spans of 0 groups; a span holds at least 1")]
+    Span {
+        /// Which numbers.
+        what: &'static str,
+    },
+    /// A row outside of the weight.
+    #[error("row {found} of a weight of {n} rows")]
+    Row {
+        /// The row asked for.
+        found: usize,
+        /// Rows of the weight.
+        n: usize,
+    },
+    /// No kernel multiplies such a weight with such activations here.
+    #[error("no kernel for {weight} weights with {act} activations on {isa}")]
+    NoKernel {
+        /// The weight's kind.
+        weight: &'static str,
+        /// The activations' kind.
+        act: &'static str,
+        /// The widest instruction set allowed.
+        isa: &'static str,
+    },
     /// `NIBBLE_ISA` holds a word that names no instruction set.
     #[error("NIBBLE_ISA={found}; known: scalar, avx2, avxvnni, avx512")]
     IsaName {

@@ -1,23 +1,28 @@
 //! Floor 0: bytes and floats in, floats out.
 //!
-//! A weight arrives as codes and scales ([`WeightSource`]), is packed once into panels (`PackedWeight`) and is then
-//! multiplied without ever becoming a dense matrix: each row of `GEMMS` is a kernel that decodes codes in registers.
+//! A weight arrives as codes and scales ([`WeightSource`]), is packed once into panels ([`PackedWeight`]) and is then
+//! multiplied without ever becoming a dense matrix: each row of [`GEMMS`] is a kernel that decodes codes in registers.
 //! Everything is chosen at run time from what the CPU offers ([`Isa`]), capped by `NIBBLE_ISA`.
 //!
 //! This crate knows nothing of files, schemes or models.
 
+pub mod act;
+mod buffer;
 pub mod error;
+pub mod gemm;
 pub mod isa;
 pub mod ops;
 pub mod pool;
 pub mod simd;
 pub mod weight;
 
+pub use act::{ActKind, Activations};
 pub use error::KernelError;
+pub use gemm::{GEMMS, GemmKernel, Product, multiply};
 pub use isa::Isa;
 pub use ops::Ops;
 pub use pool::Pool;
-pub use weight::{DenseSource, Levels, Outliers, Scales, WeightSource, Zeros};
+pub use weight::{DenseSource, Levels, Outliers, PackedWeight, Scales, WeightKind, WeightSource, Zeros};
 
 /// Weight rows (output features) in one panel: a vector of 16 lanes is one row a lane.
 pub const PANEL: usize = 16;

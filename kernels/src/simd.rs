@@ -178,6 +178,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// The nearest floats.
     fn to_f32(self, a: Self::I32) -> Self::F32;
     /// The floats whose bits these are.
+    #[expect(clippy::wrong_self_convention, reason = "named after `f32::from_bits`; `self` is the token")]
     fn from_bits(self, a: Self::I32) -> Self::F32;
     /// The bits of floats.
     fn to_bits(self, a: Self::F32) -> Self::I32;

@@ -10,6 +10,13 @@
 //! The same bytes serve every instruction set: AVX-512 loads 64 of them, AVX2 twice 32.
 //! Rows past `n` and columns past `k` are padding: rows are computed and dropped, columns meet activations of zero.
 
+mod numbers;
+mod packed;
+
+pub(crate) use numbers::GroupNumbers;
+pub(crate) use packed::{Body, Grid, PackedZeros};
+pub use packed::{PackedWeight, WeightKind};
+
 use half::{bf16, f16};
 
 /// What a code stands for before its group's scale: `w = scale * (level - zero)` or `w = scale * level + min`.
@@ -65,7 +72,7 @@ pub enum Scales<'a> {
 /// What is subtracted from a level (a zero point), or added after scaling (a minimum).
 #[derive(Debug, Clone, Copy)]
 pub enum Zeros<'a> {
-    /// The same zero point everywhere: 8 for symmetric int4, 128 for symmetric int8, 0 for tables.
+    /// The same zero point everywhere, -255..=255: 8 for symmetric int4, 128 for symmetric int8, 0 for tables.
     Const(i32),
     /// An integer zero point a group, (n, groups).
     Int(&'a [u8]),
