@@ -11,6 +11,7 @@ mod buffer;
 pub mod error;
 pub mod gemm;
 pub mod isa;
+pub mod limits;
 pub mod ops;
 pub mod pool;
 pub mod simd;
