@@ -143,6 +143,20 @@ impl Activations {
         &mut self.values[at..][..k]
     }
 
+    /// All rows, (m, stride) row-major; what lies past the first k values of each row is unspecified.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Forgets rows from `m` on; no effect if there are fewer.
+    pub fn truncate(&mut self, m: usize) {
+        if m < self.m {
+            self.m = m;
+            self.values.resize(m * self.stride());
+            (self.summed, self.coded) = (false, false);
+        }
+    }
+
     /// All rows to write to, (m, stride) row-major: only the first k values of each row count.
     pub fn values_mut(&mut self) -> &mut [f32] {
         (self.summed, self.coded) = (false, false);

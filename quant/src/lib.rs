@@ -8,6 +8,7 @@ pub mod bits;
 pub mod error;
 pub mod format;
 pub mod nf4;
+mod pack;
 pub mod qtensor;
 pub mod spec;
 

@@ -114,6 +114,10 @@ impl Ops<'_> {
         assert_eq!(out.len(), q.len(), "attention's output");
         assert!(rows <= cache.len(), "{rows} queries, {} positions", cache.len());
         match &cache.data {
+            KvData::F32(floats) => {
+                let heads = |head| Keys::new(cache, head, &floats.keys, &floats.values, None);
+                self.attend(spec, q, cache, scratch, out, heads);
+            }
             KvData::F16(bits) => {
                 let heads = |head| Keys::new(cache, head, &bits.keys, &bits.values, None);
                 self.attend(spec, q, cache, scratch, out, heads);

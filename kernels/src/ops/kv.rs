@@ -16,6 +16,8 @@ use half::f16;
 /// How numbers are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KvKind {
+    /// Single precision, as it comes: for comparisons.
+    F32,
     /// Half precision; magnitudes past 65504 become 65504.
     F16,
     /// Signed bytes with one scale for each position and head; at most scale / 2 off, scale = largest magnitude / 127.
@@ -37,6 +39,7 @@ pub struct KvCache {
 
 #[derive(Debug, Clone)]
 pub(super) enum KvData {
+    F32(Sides<f32>),
     F16(Sides<u16>),
     Int8 { codes: Sides<i8>, scales: Sides<f32> },
 }
@@ -55,6 +58,18 @@ pub(super) trait Element: Copy + Send + Sync {
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F32;
     /// Rounds 16 numbers, already divided by their scale.
     fn store<S: Simd>(s: S, v: S::F32, to: &mut [Self; LANES]);
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, from: &[f32; LANES]) -> S::F32 {
+        s.load(from)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(s: S, v: S::F32, to: &mut [f32; LANES]) {
+        s.store(v, to);
+    }
 }
 
 impl Element for u16 {
@@ -89,6 +104,7 @@ impl KvCache {
         let room = capacity.next_multiple_of(LANES);
         let (keys, values) = (kv_heads * room * head_dim, kv_heads * room * head_dim.next_multiple_of(LANES));
         let data = match kind {
+            KvKind::F32 => KvData::F32(Sides { keys: vec![0.0; keys], values: vec![0.0; values] }),
             KvKind::F16 => KvData::F16(Sides { keys: vec![0; keys], values: vec![0; values] }),
             KvKind::Int8 => KvData::Int8 {
                 codes: Sides { keys: vec![0; keys], values: vec![0; values] },
@@ -101,6 +117,7 @@ impl KvCache {
     /// How numbers are kept.
     pub fn kind(&self) -> KvKind {
         match self.data {
+            KvData::F32(_) => KvKind::F32,
             KvData::F16(_) => KvKind::F16,
             KvData::Int8 { .. } => KvKind::Int8,
         }
@@ -134,6 +151,7 @@ impl KvCache {
     /// Bytes that a full cache takes.
     pub fn bytes(&self) -> usize {
         match &self.data {
+            KvData::F32(floats) => 4 * (floats.keys.len() + floats.values.len()),
             KvData::F16(bits) => 2 * (bits.keys.len() + bits.values.len()),
             KvData::Int8 { codes, scales } => {
                 codes.keys.len() + codes.values.len() + 4 * (scales.keys.len() + scales.values.len())
@@ -181,14 +199,8 @@ impl Ops<'_> {
         let at = Place { first: cache.len, room: cache.room, head_dim: cache.head_dim, kv_heads: cache.kv_heads };
         let (k, v) = cache.head_len();
         match &mut cache.data {
-            KvData::F16(bits) => {
-                self.over_heads((&mut bits.keys, k), (&mut [], 0), keys.len(), |head, to, _| {
-                    dispatch(self.isa, Append::<_, true> { at, head, from: keys, to, scales: None });
-                });
-                self.over_heads((&mut bits.values, v), (&mut [], 0), keys.len(), |head, to, _| {
-                    dispatch(self.isa, Append::<_, false> { at, head, from: values, to, scales: None });
-                });
-            }
+            KvData::F32(floats) => self.append_floats(at, keys, values, floats, (k, v)),
+            KvData::F16(bits) => self.append_floats(at, keys, values, bits, (k, v)),
             KvData::Int8 { codes, scales } => {
                 self.over_heads(
                     (&mut codes.keys, k),
@@ -206,6 +218,23 @@ impl Ops<'_> {
         }
         cache.len = wanted;
         Ok(())
+    }
+
+    /// Appends to sides that have no scales; `(k, v)` are numbers of one head's keys and values.
+    fn append_floats<T: Element + Default>(
+        &self,
+        at: Place,
+        keys: &[f32],
+        values: &[f32],
+        to: &mut Sides<T>,
+        (k, v): (usize, usize),
+    ) {
+        self.over_heads((&mut to.keys, k), (&mut [], 0), keys.len(), |head, to, _| {
+            dispatch(self.isa, Append::<_, true> { at, head, from: keys, to, scales: None });
+        });
+        self.over_heads((&mut to.values, v), (&mut [], 0), values.len(), |head, to, _| {
+            dispatch(self.isa, Append::<_, false> { at, head, from: values, to, scales: None });
+        });
     }
 
     /// `f(head, numbers of the head, its scales)`, in parallel if `work` numbers are worth it. No scales are `&[]`, 0.

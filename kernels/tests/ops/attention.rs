@@ -20,6 +20,7 @@ struct Case {
 /// Numbers as the cache of this kind gives them back.
 fn kept(kind: KvKind, head_dim: usize, x: &[f32]) -> Vec<f64> {
     match kind {
+        KvKind::F32 => x.iter().map(|x| f64::from(*x)).collect(),
         KvKind::F16 => x.iter().map(|x| f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f64()).collect(),
         KvKind::Int8 => (x.chunks(head_dim))
             .flat_map(|x| {
@@ -136,7 +137,7 @@ fn every_head_size_and_group_equals_the_reference() {
     .enumerate()
     {
         for (past, rows) in [(0, 1), (0, 5), (37, 1), (100, 13)] {
-            for kind in [KvKind::F16, KvKind::Int8] {
+            for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
                 check(Case { heads, kv_heads, head_dim, past, rows, window: None, softcap: None }, kind, i as u64);
             }
         }
@@ -147,7 +148,7 @@ fn every_head_size_and_group_equals_the_reference() {
 fn long_contexts_are_merged_from_chunks() {
     // Around one block, one chunk, several, and more than 16 chunks of the least size.
     for (i, past) in [127, 128, 129, 511, 512, 513, 1200, 9000].into_iter().enumerate() {
-        for kind in [KvKind::F16, KvKind::Int8] {
+        for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
             for window in [None, Some(600)] {
                 let case = Case { heads: 4, kv_heads: 2, head_dim: 32, past, rows: 1 + i % 3, window, softcap: None };
                 check(case, kind, past as u64);
@@ -160,7 +161,7 @@ fn long_contexts_are_merged_from_chunks() {
 fn prompts_in_blocks_equal_the_reference() {
     for (heads, kv_heads, past, rows) in [(3, 1, 0, 70), (2, 2, 0, 150), (4, 2, 300, 40), (3, 1, 5, 33), (8, 1, 0, 129)]
     {
-        for kind in [KvKind::F16, KvKind::Int8] {
+        for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
             for window in [None, Some(1), Some(50)] {
                 check(Case { heads, kv_heads, head_dim: 24, past, rows, window, softcap: None }, kind, rows as u64);
             }
@@ -220,7 +221,7 @@ fn huge_values_saturate_and_scores_far_apart_stay_finite() {
     let mut k = vec![0.0; 20 * 8];
     k[3 * 8..4 * 8].fill(1e30);
     k[7 * 8..8 * 8].fill(-1e30);
-    for kind in [KvKind::F16, KvKind::Int8] {
+    for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
         let out = same_everywhere(|ops| {
             let mut cache = KvCache::new(kind, 1, 8, 20);
             ops.append(&mut cache, &k, &k).unwrap();
@@ -240,7 +241,7 @@ fn huge_values_saturate_and_scores_far_apart_stay_finite() {
 
 #[test]
 fn nan_in_a_value_or_key_shows_in_the_queries_that_see_it() {
-    for kind in [KvKind::F16, KvKind::Int8] {
+    for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
         for in_keys in [true, false] {
             let clean = activations(&mut rng(6), 12 * 8);
             let mut spoilt = clean.clone();

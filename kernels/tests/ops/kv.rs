@@ -7,7 +7,7 @@ use nibble_kernels::ops::{KvCache, KvKind};
 #[test]
 fn a_cache_fills_to_its_capacity_and_refuses_more() {
     let ops = Ops::new(&POOLS[1]);
-    for kind in [KvKind::F16, KvKind::Int8] {
+    for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
         let mut cache = KvCache::new(kind, 2, 8, 5);
         assert_eq!((cache.kind(), cache.kv_heads(), cache.head_dim()), (kind, 2, 8));
         assert_eq!((cache.len(), cache.capacity(), cache.is_empty()), (0, 5, true));

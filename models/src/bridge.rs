@@ -1,0 +1,78 @@
+//! The fused kernels inside any candle model: [`QuantLinear`] is a `candle_nn::Module` over a packed weight.
+//!
+//! candle is the float world at the edges: autograd, `.pth` files, other people's models. The serving path
+//! ([`crate::decoder`]) does not go through candle tensors.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use nibble_kernels::gemm::{ActKind, Product};
+use nibble_kernels::{Activations, PackedWeight, Pool};
+use std::sync::Arc;
+
+/// `y = x * weight^T + bias` with a packed weight, for f32 tensors (.., k) -> (.., n) on the CPU.
+#[derive(Clone)]
+pub struct QuantLinear {
+    op: Arc<QuantMatmul>,
+}
+
+impl QuantLinear {
+    /// Wraps a packed weight (n, k) and an optional bias (n). `act` says whether activations are quantized to int8
+    /// on the way.
+    ///
+    /// # Errors
+    /// The bias is not (n).
+    pub fn new(
+        weight: PackedWeight,
+        bias: Option<Vec<f32>>,
+        act: ActKind,
+        pool: Arc<Pool>,
+    ) -> candle_core::Result<Self> {
+        if let Some(bias) = &bias
+            && bias.len() != weight.n()
+        {
+            candle_core::bail!("a bias of {} values for a weight of {} rows", bias.len(), weight.n());
+        }
+        Ok(QuantLinear { op: Arc::new(QuantMatmul { weight, bias, act, pool }) })
+    }
+}
+
+impl candle_nn::Module for QuantLinear {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        x.contiguous()?.apply_op1_no_bwd(self.op.as_ref())
+    }
+}
+
+struct QuantMatmul {
+    weight: PackedWeight,
+    bias: Option<Vec<f32>>,
+    act: ActKind,
+    pool: Arc<Pool>,
+}
+
+impl CustomOp1 for QuantMatmul {
+    fn name(&self) -> &'static str {
+        "nibble-quant-matmul"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let CpuStorage::F32(values) = storage else {
+            candle_core::bail!("{} takes f32, got {:?}", self.name(), layout.shape());
+        };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("{} takes contiguous tensors, got strides {:?}", self.name(), layout.stride());
+        };
+        let mut dims = layout.dims().to_vec();
+        let (n, k) = (self.weight.n(), self.weight.k());
+        let Some(last) = dims.last_mut().filter(|last| **last == k) else {
+            candle_core::bail!("{} takes (.., {k}), got {:?}", self.name(), layout.shape());
+        };
+        *last = n;
+        let rows = (end - start) / k.max(1);
+        let mut activations = Activations::with_capacity(rows, k);
+        activations.set(&values[start..end], rows, k);
+        let mut out = vec![0f32; rows * n];
+        let mut products =
+            [Product { weight: &self.weight, bias: self.bias.as_deref(), accumulate: false, out: &mut out }];
+        nibble_kernels::gemm::multiply(&self.pool, &mut activations, &mut products, self.act);
+        Ok((CpuStorage::F32(out), Shape::from(dims)))
+    }
+}

@@ -1,0 +1,117 @@
+//! A model folder on the CPU: checkpoint, tokenizer and chat template, ready to generate.
+
+use crate::config::ModelConfig;
+use crate::cpu::CpuBackend;
+use crate::decoder::Decoder;
+use crate::error::{ModelError, Result};
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+use nibble_kernels::{ActKind, Pool};
+use nibble_quant::format::source::TensorSource;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How a model is to be run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Threads; the physical cores this process may use if absent.
+    pub threads: Option<usize>,
+    /// In which numbers activations meet quantized weights.
+    pub activations: ActKind,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        ModelOptions { threads: None, activations: ActKind::I8 }
+    }
+}
+
+impl ModelOptions {
+    /// Everything but the weights in single precision.
+    pub fn exact() -> ModelOptions {
+        ModelOptions { activations: ActKind::F32, ..ModelOptions::default() }
+    }
+}
+
+/// A checkpoint on the CPU.
+pub struct Model {
+    path: PathBuf,
+    decoder: Decoder<CpuBackend>,
+    file_bytes: u64,
+    parameters: u64,
+}
+
+impl Model {
+    /// Opens a checkpoint folder of any format that nibble reads and packs its weights.
+    ///
+    /// # Errors
+    /// The folder, config.json or a tensor can't be used; the error names it.
+    pub fn load(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Model> {
+        let pool = Arc::new(Pool::new(options.threads.unwrap_or_else(Pool::default_threads)));
+        Self::load_on(path, pool, options.activations)
+    }
+
+    /// The same on threads that are there already.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_on(path: impl AsRef<Path>, pool: Arc<Pool>, activations: ActKind) -> Result<Model> {
+        let path = path.as_ref();
+        let source = nibble_quant::format::open(path)?;
+        Self::from_source(path, source.as_ref(), pool, activations)
+    }
+
+    /// Packs the weights of an open checkpoint whose config.json lies in `path`.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn from_source(path: &Path, source: &dyn TensorSource, pool: Arc<Pool>, activations: ActKind) -> Result<Model> {
+        let config = ModelConfig::load(path)?;
+        let decoder = Decoder::load(&config, Weights::new(source), CpuBackend::new(pool, activations))?;
+        let file_bytes = source.infos().iter().map(|info| info.bytes as u64).sum();
+        let parameters = source.infos().iter().map(|info| info.elements() as u64).sum();
+        Ok(Model { path: path.to_path_buf(), decoder, file_bytes, parameters })
+    }
+
+    /// The decoder.
+    pub fn decoder(&self) -> &Decoder<CpuBackend> {
+        &self.decoder
+    }
+
+    /// The folder it was loaded from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of all tensors in the checkpoint.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// Values of all tensors in the checkpoint.
+    pub fn parameters(&self) -> u64 {
+        self.parameters
+    }
+
+    /// The folder's tokenizer, checked against the embedding.
+    ///
+    /// # Errors
+    /// The files are missing or damaged, or name tokens that the model lacks.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = Tokenizer::load(&self.path)?;
+        tokenizer.check_vocab(self.decoder.config().vocab_size)?;
+        Ok(tokenizer)
+    }
+
+    /// The folder's chat template.
+    ///
+    /// # Errors
+    /// There is none, or it can't be read.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        ChatTemplate::load(&self.path)?.ok_or_else(|| ModelError::Damaged {
+            path: self.path.clone(),
+            why: "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json".to_string(),
+        })
+    }
+}
