@@ -3,7 +3,9 @@
 pub mod config;
 pub mod error;
 pub mod family;
+pub mod tokenizer;
 
 pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, RopeFrequencies, RopeScaling};
 pub use error::{ModelError, Result};
 pub use family::{FAMILIES, Family, WeightNames};
+pub use tokenizer::{GgufVocab, TextStream, Tokenizer, TokenizerFiles};
