@@ -8,6 +8,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use nibble_quant::format::gguf::Metadata;
 use serde_json::{Map, Value, json};
 
 use super::{merges, pre};
@@ -90,6 +91,42 @@ impl TokenizerFiles {
 }
 
 impl GgufVocab {
+    /// Reads the vocabulary of a GGUF file; `path` is what errors call it.
+    ///
+    /// # Errors
+    /// The file has no vocabulary, or a key holds another type than its name promises.
+    pub fn from_metadata(path: &Path, metadata: &Metadata) -> Result<Self> {
+        let key = |name: &str| format!("tokenizer.ggml.{name}");
+        let id = |name: &str| metadata.u32(&key(name));
+        let text = |name: &str| metadata.str(name).map(|text| text.map(str::to_owned));
+        let architecture = metadata.str("general.architecture")?.unwrap_or_default();
+        let ends = [id("eos_token_id")?, id("eot_token_id")?, id("eom_token_id")?];
+        let mut eos: Vec<u32> = Vec::new();
+        for end in ends.into_iter().flatten() {
+            if !eos.contains(&end) {
+                eos.push(end);
+            }
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+            model: metadata.need_str("tokenizer.ggml.model")?.to_owned(),
+            pre: text("tokenizer.ggml.pre")?,
+            tokens: metadata.need_strings("tokenizer.ggml.tokens")?.to_vec(),
+            scores: metadata.f32s("tokenizer.ggml.scores")?.unwrap_or_default().to_vec(),
+            token_types: metadata.i32s("tokenizer.ggml.token_type")?.unwrap_or_default(),
+            merges: metadata.strings("tokenizer.ggml.merges")?.unwrap_or_default().to_vec(),
+            bos: id("bos_token_id")?,
+            eos,
+            unknown: id("unknown_token_id")?,
+            padding: id("padding_token_id")?,
+            add_bos: metadata.bool("tokenizer.ggml.add_bos_token")?,
+            add_eos: metadata.bool("tokenizer.ggml.add_eos_token")?,
+            add_space_prefix: metadata.bool("tokenizer.ggml.add_space_prefix")?,
+            chat_template: text("tokenizer.chat_template")?,
+            context_length: metadata.u32(&format!("{architecture}.context_length"))?.map(u64::from),
+        })
+    }
+
     /// Translates the vocabulary.
     ///
     /// # Errors
