@@ -4,7 +4,7 @@
 //! ([`crate::decoder`]) does not go through candle tensors.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
-use nibble_kernels::gemm::{ActKind, Product};
+use nibble_kernels::{ActKind, Product};
 use nibble_kernels::{Activations, PackedWeight, Pool};
 use std::sync::Arc;
 
@@ -68,11 +68,11 @@ impl CustomOp1 for QuantMatmul {
         *last = n;
         let rows = (end - start) / k.max(1);
         let mut activations = Activations::with_capacity(rows, k);
-        activations.set(&values[start..end], rows, k);
+        activations.fill(rows, k, &values[start..end]).map_err(candle_core::Error::wrap)?;
         let mut out = vec![0f32; rows * n];
         let mut products =
             [Product { weight: &self.weight, bias: self.bias.as_deref(), accumulate: false, out: &mut out }];
-        nibble_kernels::gemm::multiply(&self.pool, &mut activations, &mut products, self.act);
+        nibble_kernels::multiply(&self.pool, &mut activations, &mut products, self.act).map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(out), Shape::from(dims)))
     }
 }

@@ -62,6 +62,36 @@ pub enum ModelError {
         /// What was found and what was wanted.
         why: String,
     },
+    /// A chat template isn't valid, or refuses the conversation.
+    #[error("{path}: chat template: {why}")]
+    Template {
+        /// The file that it comes from.
+        path: PathBuf,
+        /// What the template says or does, and in which line.
+        why: String,
+    },
+    /// The hub can't be reached, refuses, or sends something else than it promised.
+    #[error("{what}: {why}")]
+    Hub {
+        /// The repository, or the file in it.
+        what: String,
+        /// What happened and what helps.
+        why: String,
+    },
+    /// A setting is out of its range.
+    #[error("{what}: {why}")]
+    Setting {
+        /// The setting or flag.
+        what: String,
+        /// What was found and what was wanted.
+        why: String,
+    },
+    /// A model's logits can't be chosen from.
+    #[error("logits: {why}")]
+    Logits {
+        /// What was found and what was wanted.
+        why: String,
+    },
     /// Reading, checking or writing quantized tensors failed.
     #[error(transparent)]
     Quant(#[from] nibble_quant::QuantError),

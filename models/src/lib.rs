@@ -2,14 +2,29 @@
 
 pub mod backend;
 pub mod bench;
+pub mod bridge;
 pub mod config;
+pub mod cpu;
 pub mod decoder;
 pub mod error;
 pub mod eval;
 pub mod family;
+pub mod generate;
+pub mod hub;
+pub mod model;
+pub mod sample;
+pub mod stop;
 pub mod synth;
+pub mod template;
+pub mod tokenizer;
 pub mod weights;
 
 pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, RopeFrequencies, RopeScaling};
 pub use error::{ModelError, Result};
 pub use family::{FAMILIES, Family, WeightNames};
+pub use hub::{HubEvent, HubOptions};
+pub use sample::{SampleSettings, Sampler, argmax};
+pub use stop::StopStrings;
+pub use template::{ChatTemplate, Message, RenderOptions};
+pub use tokenizer::{GgufVocab, TextStream, Tokenizer, TokenizerFiles};
+pub use model::{Model, ModelOptions};
