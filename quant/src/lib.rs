@@ -5,8 +5,10 @@
 //! is bounded by its largest tensor.
 
 pub mod bits;
+pub mod convert;
 pub mod error;
 pub mod format;
+pub mod manifest;
 pub mod nf4;
 mod pack;
 pub mod qtensor;

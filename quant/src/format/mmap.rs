@@ -1,4 +1,4 @@
-//! A file's bytes, mapped read-only: the only unsafe code of this crate.
+//! A file's bytes, mapped read-only, and two questions to the file system: the only unsafe code of this crate.
 //!
 //! A mapping stays valid while its file is replaced (rename keeps the old bytes alive) or removed, but not while it is
 //! truncated in place: touching a page past the new end raises SIGBUS, which no library can turn into an error. nibble
@@ -8,8 +8,11 @@
 use super::{damaged, io_error};
 use crate::error::Result;
 use memmap2::{Mmap, UncheckedAdvice};
+use std::ffi::CString;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// A file mapped read-only.
@@ -81,4 +84,47 @@ impl MappedFile {
             drop(dropped);
         }
     }
+}
+
+/// Bytes that this user may still write to the file system of `path`.
+///
+/// # Errors
+/// What the system says, naming nothing: the caller knows the path.
+pub(super) fn free_space(path: &Path) -> io::Result<u64> {
+    let path = c_path(path)?;
+    let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` ends with a zero byte and `stat` has room for what the call writes.
+    if unsafe { libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so it has filled `stat`.
+    let stat = unsafe { stat.assume_init() };
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Lets two paths trade places in one step.
+///
+/// # Errors
+/// What the system says; some file systems can't do it.
+#[cfg(target_os = "linux")]
+pub(super) fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+    let (a, b) = (c_path(a)?, c_path(b)?);
+    // SAFETY: both paths end with a zero byte and live until the call returns.
+    match unsafe { libc::renameat2(libc::AT_FDCWD, a.as_ptr(), libc::AT_FDCWD, b.as_ptr(), libc::RENAME_EXCHANGE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Lets two paths trade places in one step, which this system can't do.
+///
+/// # Errors
+/// Always.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn exchange(_: &Path, _: &Path) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
 }

@@ -189,8 +189,18 @@ impl TensorSource for SafetensorsSource {
     }
 }
 
+/// The files a checkpoint's weights are in, as far as names tell: the file itself, or those of a folder, sorted.
+pub(crate) fn weight_paths(path: &Path) -> Result<Vec<PathBuf>> {
+    if path.is_dir() {
+        return Ok(weight_files(path)?.into_iter().map(|name| path.join(name)).collect());
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let ours = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+    Ok(if ours { vec![path.to_owned()] } else { Vec::new() })
+}
+
 /// Names of the `.safetensors` files of a folder, sorted.
-pub(crate) fn weight_files(dir: &Path) -> Result<Vec<String>> {
+fn weight_files(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(io_error(dir))? {
         let name = entry.map_err(io_error(dir))?.file_name();

@@ -92,7 +92,7 @@ impl QTensor {
         if let Some(value) = o.values.iter().find(|v| !v.is_finite()) {
             return Err(format!("outlier of {value}"));
         }
-        if row == 0 {
+        if row == 0 || n == 0 {
             return Ok(());
         }
         let first = &o.cols[..row];

@@ -1,0 +1,48 @@
+//! From one checkpoint to another, a block of rows at a time.
+//!
+//! [`plan_with`] decides everything and touches no value: which tensors become what, at what size, in how much memory.
+//! [`quantize`] and [`import_gguf`] then read, convert and write in parallel; where each byte goes was settled by the
+//! plan, so the output is the same for any number of threads, and a run that was killed can be taken up again.
+
+mod diff;
+mod engine;
+mod import;
+mod plan;
+mod progress;
+mod sidecars;
+mod verify;
+
+pub use diff::{Difference, diff};
+pub use engine::{Options, Report};
+pub use import::{ImportOptions, import_gguf};
+pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
+pub use progress::{Progress, Silent};
+pub use sidecars::sidecars;
+pub use verify::{Verified, verify};
+
+use crate::error::Result;
+use crate::format::TensorSource;
+use engine::{Engine, Made};
+use std::path::{Path, PathBuf};
+
+/// Carries a plan out: writes a native checkpoint folder with all sidecars, a manifest and the tensors as planned.
+/// `recipe` is the text that goes into the manifest.
+///
+/// # Errors
+/// If input and output overlap, the disk is too small, a value isn't finite, the work was stopped, or a file can't be
+/// read or written. The output folder then doesn't exist (or is as it was before).
+pub fn quantize(
+    plan: &Plan,
+    source: &dyn TensorSource,
+    recipe: &str,
+    out: &Path,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let made = Made { by: "quantize", recipe: recipe.to_owned(), seed: options.seed };
+    let sidecars = sidecars(source.path())?;
+    Engine { source, items: &plan.items, made, options, progress }.run(out, &sidecars, &[], |dir| verify(dir).map(drop))
+}
+
+/// A sidecar: where it is, and its path in the folder.
+pub type Sidecar = (PathBuf, PathBuf);

@@ -1,0 +1,438 @@
+//! Does the work of a conversion: blocks of rows in parallel, each to its own place in the output.
+
+use super::plan::Quantize;
+use super::{Progress, Sidecar};
+use crate::error::Result;
+use crate::format::native;
+use crate::format::shards::{Bundle, Layout, SHARD_BYTES, ShardFiles};
+use crate::format::source::{Dtype, encode_f32};
+use crate::format::{Done, OutputDir, OutputOptions, TensorInfo, TensorSource, hf_names, tensor_error};
+use crate::manifest::{FileRecord, MANIFEST, Manifest, SourceRecord, TensorRecord, hex};
+use crate::{QTensor, QuantError};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Values of a block of rows: large enough to keep many cores busy, small enough that the output's memory doesn't
+/// matter. Fixed, because sums of errors are made block by block and must not depend on the machine.
+pub(super) const BLOCK_VALUES: usize = 8 << 20;
+
+/// How to write.
+#[derive(Debug)]
+pub struct Options<'a> {
+    /// What to do with what is already there.
+    pub output: OutputOptions,
+    /// Largest tensor bytes of a shard.
+    pub shard_bytes: u64,
+    /// Seed of whatever is random; part of the fingerprint and the manifest.
+    pub seed: u64,
+    /// Set by another thread (Ctrl-C) to stop after the blocks in flight.
+    pub stop: Option<&'a AtomicBool>,
+}
+
+impl Default for Options<'_> {
+    fn default() -> Self {
+        Self { output: OutputOptions::default(), shard_bytes: SHARD_BYTES, seed: 0, stop: None }
+    }
+}
+
+/// What a conversion did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// The finished folder.
+    pub path: PathBuf,
+    /// One row a tensor, in file order.
+    pub tensors: Vec<TensorRecord>,
+    /// Tensor bytes read.
+    pub bytes_in: u64,
+    /// Bytes of the weight files written.
+    pub bytes_out: u64,
+    /// Tensors that an earlier run had finished.
+    pub resumed: usize,
+    /// Seconds from opening the output to its final name.
+    pub seconds: f64,
+}
+
+impl Report {
+    /// Source megabytes (10^6 bytes) a second.
+    pub fn megabytes_per_second(&self) -> f64 {
+        self.bytes_in as f64 / 1e6 / self.seconds.max(1e-9)
+    }
+}
+
+/// What becomes of one tensor.
+#[derive(Debug, Clone)]
+pub(super) enum Work {
+    /// The same bytes.
+    Copy,
+    /// Floats of a type; `head` rows at a time are put back into order.
+    Floats { dtype: Dtype, head: Option<usize> },
+    /// Codes.
+    Quantize(Quantize),
+}
+
+/// One tensor to convert.
+#[derive(Debug, Clone)]
+pub(super) struct Item {
+    pub info: TensorInfo,
+    /// Its name in the output.
+    pub name: String,
+    pub work: Work,
+    pub bundle: Bundle,
+    /// How it is called in reports.
+    pub stored: String,
+}
+
+/// How the manifest calls this run.
+pub(super) struct Made {
+    pub by: &'static str,
+    pub recipe: String,
+    pub seed: u64,
+}
+
+pub(super) struct Engine<'a> {
+    pub source: &'a dyn TensorSource,
+    pub items: &'a [Item],
+    pub made: Made,
+    pub options: &'a Options<'a>,
+    pub progress: &'a dyn Progress,
+}
+
+/// A block's part of what is known about its tensor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+struct Sums {
+    /// Sum of squares of the values.
+    signal: f64,
+    /// Sum of squares of what quantization changed.
+    error: f64,
+}
+
+impl Sums {
+    fn sqnr_db(&self) -> Option<f64> {
+        (self.error > 0.0 && self.signal > 0.0).then(|| 10.0 * (self.signal / self.error).log10())
+    }
+}
+
+struct Block {
+    item: usize,
+    rows: Range<usize>,
+}
+
+impl Engine<'_> {
+    /// Converts everything into `out`; `extra` are small files of the converter's own making.
+    pub fn run(
+        &self,
+        out: &Path,
+        sidecars: &[Sidecar],
+        extra: &[(PathBuf, Vec<u8>)],
+        verify: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Report> {
+        let started = Instant::now();
+        let bundles: Vec<Bundle> = self.items.iter().map(|i| i.bundle.clone()).collect();
+        let common = match self.made.by {
+            "quantize" => native::common_metadata(),
+            _ => BTreeMap::from([("format".to_owned(), "pt".to_owned())]),
+        };
+        let layout = Layout::new(&bundles, &common, self.options.shard_bytes)?;
+        let fingerprint = self.fingerprint(&layout)?;
+        let output = OutputDir::create(out, &[self.source.path()], &fingerprint, self.options.output)?;
+        output.check_space(layout.total_bytes() + sidecar_bytes(sidecars))?;
+        let shards = ShardFiles::create(&layout, &output)?;
+        self.progress.start(self.items.len(), self.bytes_in());
+        let (tensors, resumed) = self.tensors(&output, &shards)?;
+        for (from, relative) in sidecars {
+            output.copy(from, relative)?;
+        }
+        for (relative, bytes) in extra {
+            output.write(relative, bytes)?;
+        }
+        let manifest = self.manifest(&output, &layout, sidecars, extra, &tensors)?;
+        output.write(Path::new(MANIFEST), &manifest.to_bytes()?)?;
+        let path = output.commit(verify)?;
+        let (bytes_in, bytes_out) = (self.bytes_in(), layout.total_bytes());
+        Ok(Report { path, tensors, bytes_in, bytes_out, resumed, seconds: started.elapsed().as_secs_f64() })
+    }
+
+    fn bytes_in(&self) -> u64 {
+        self.items.iter().map(|i| i.info.bytes as u64).sum()
+    }
+
+    /// Converts what no earlier run has finished. Blocks are taken in order, as many at once as together have no more
+    /// values than [`BLOCK_VALUES`] (or the one that alone has more).
+    fn tensors(&self, output: &OutputDir, shards: &ShardFiles) -> Result<(Vec<TensorRecord>, usize)> {
+        let mut records: Vec<Option<TensorRecord>> = vec![None; self.items.len()];
+        let mut pending = Vec::new();
+        for (at, item) in self.items.iter().enumerate() {
+            match self.finished_before(item, output, shards)? {
+                Some(sums) => {
+                    self.progress.advance(item.info.bytes as u64);
+                    records[at] = Some(self.finish(item, sums));
+                }
+                None => pending.extend(item.blocks().into_iter().map(|rows| Block { item: at, rows })),
+            }
+        }
+        let resumed = records.iter().flatten().count();
+        // Blocks come in order, so one tensor at a time is half done.
+        let (mut total, mut hash) = (Sums::default(), Sha256::new());
+        let mut rest = pending.as_slice();
+        while !rest.is_empty() {
+            if self.options.stop.is_some_and(|s| s.load(Ordering::Relaxed)) {
+                return Err(QuantError::Stopped);
+            }
+            let (window, after) = rest.split_at(self.window(rest));
+            let results: Vec<(Sums, [u8; 32])> =
+                window.par_iter().map(|block| self.block(block, shards)).collect::<Result<_>>()?;
+            for (block, (sums, digest)) in window.iter().zip(results) {
+                let item = &self.items[block.item];
+                if block.rows.start == 0 {
+                    (total, hash) = (Sums::default(), Sha256::new());
+                }
+                total.signal += sums.signal;
+                total.error += sums.error;
+                hash.update(digest);
+                if block.rows.end == item.units() {
+                    self.source.release(&item.info.name);
+                    let note = serde_json::to_value(total).unwrap_or_default();
+                    let sha256 = hex(&std::mem::take(&mut hash).finalize());
+                    output.note(&Done { name: item.name.clone(), sha256, note })?;
+                    records[block.item] = Some(self.finish(item, total));
+                }
+            }
+            rest = after;
+        }
+        Ok((records.into_iter().flatten().collect(), resumed))
+    }
+
+    fn window(&self, blocks: &[Block]) -> usize {
+        let mut values = 0;
+        let fits = |b: &&Block| {
+            values += self.items[b.item].values(&b.rows);
+            values <= BLOCK_VALUES
+        };
+        blocks.iter().take_while(fits).count().max(1)
+    }
+
+    fn finish(&self, item: &Item, sums: Sums) -> TensorRecord {
+        let bytes: u64 = item.bundle.slots.iter().map(|s| s.bytes() as u64).sum();
+        let values = item.info.elements();
+        let record = TensorRecord {
+            name: item.name.clone(),
+            shape: item.info.shape.clone(),
+            stored: item.stored.clone(),
+            bytes,
+            bits_per_weight: if values == 0 { 0.0 } else { bytes as f64 * 8.0 / values as f64 },
+            sqnr_db: sums.sqnr_db(),
+        };
+        self.progress.tensor_done(&record);
+        record
+    }
+
+    /// The sums of a tensor that the journal says is finished and whose bytes agree.
+    fn finished_before(&self, item: &Item, output: &OutputDir, shards: &ShardFiles) -> Result<Option<Sums>> {
+        let Some(done) = output.done(&item.name) else { return Ok(None) };
+        let mut whole = Sha256::new();
+        let mut buffer = Vec::new();
+        for rows in item.blocks() {
+            let mut hash = Sha256::new();
+            for (name, range) in item.places(&rows) {
+                buffer.resize(range.len(), 0);
+                shards.read(&name, range.start, &mut buffer)?;
+                hash.update(&buffer);
+            }
+            whole.update(hash.finalize());
+        }
+        match hex(&whole.finalize()) == done.sha256 {
+            true => Ok(serde_json::from_value(done.note.clone()).ok()),
+            false => {
+                self.progress.message(&format!("{}: differs from the journal, done again", item.name));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Converts and writes one block: what it sums to, and the hash of its bytes.
+    fn block(&self, block: &Block, shards: &ShardFiles) -> Result<(Sums, [u8; 32])> {
+        let item = &self.items[block.item];
+        let (sums, parts) = self.convert(item, &block.rows)?;
+        let mut hash = Sha256::new();
+        for ((name, range), bytes) in item.places(&block.rows).into_iter().zip(&parts) {
+            if bytes.len() != range.len() {
+                return Err(tensor_error(&name, format!("{} bytes, planned {}", bytes.len(), range.len())));
+            }
+            shards.write(&name, range.start, bytes)?;
+            hash.update(bytes);
+        }
+        self.progress.advance((item.info.bytes as u64 * block.rows.len() as u64) / item.units().max(1) as u64);
+        Ok((sums, hash.finalize().into()))
+    }
+
+    fn convert(&self, item: &Item, rows: &Range<usize>) -> Result<(Sums, Vec<Vec<u8>>)> {
+        let name = &item.info.name;
+        if let Work::Copy = item.work {
+            return Ok((Sums::default(), vec![self.source.bytes(name)?[rows.clone()].to_vec()]));
+        }
+        let mut values = Vec::new();
+        self.source.read_rows_f32(name, rows.clone(), &mut values)?;
+        let (_, cols) = item.info.rows_cols();
+        refuse_non_finite(name, &values, rows.start, cols)?;
+        match &item.work {
+            Work::Copy => Ok((Sums::default(), Vec::new())),
+            Work::Floats { dtype, head } => {
+                if let Some(head) = head {
+                    let row = values.len() / rows.len().max(1);
+                    hf_names::uninterleave(&mut values, *head, row);
+                }
+                Ok((Sums::default(), vec![encode_f32(name, &values, *dtype)?]))
+            }
+            Work::Quantize(how) => {
+                let tensor = (how.quantizer)(name, [rows.len(), cols], &values)?;
+                let sums = sums(&tensor, &values);
+                let parts = native::encode(name, &tensor)?;
+                Ok((sums, parts.into_iter().map(|p| p.bytes).collect()))
+            }
+        }
+    }
+
+    fn manifest(
+        &self,
+        output: &OutputDir,
+        layout: &Layout,
+        sidecars: &[Sidecar],
+        extra: &[(PathBuf, Vec<u8>)],
+        tensors: &[TensorRecord],
+    ) -> Result<Manifest> {
+        let mut names: Vec<PathBuf> = layout.files().map(PathBuf::from).collect();
+        names.extend(layout.index().map(|_| PathBuf::from(crate::format::safetensors::INDEX)));
+        names.extend(sidecars.iter().map(|s| s.1.clone()));
+        names.extend(extra.iter().map(|e| e.0.clone()));
+        let record = |name: &PathBuf| {
+            let record = FileRecord::of(&output.partial().join(name))?;
+            Ok((name.to_string_lossy().into_owned(), record))
+        };
+        let files = names.par_iter().map(record).collect::<Result<BTreeMap<_, _>>>()?;
+        let name = self.source.path().canonicalize().ok();
+        let name = name.as_deref().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Manifest {
+            manifest: 1,
+            nibble: env!("CARGO_PKG_VERSION").to_owned(),
+            made_by: self.made.by.to_owned(),
+            source: SourceRecord { name, fingerprint: self.source_fingerprint() },
+            recipe: self.made.recipe.clone(),
+            seed: self.made.seed,
+            files,
+            tensors: tensors.to_vec(),
+        })
+    }
+
+    /// Names, types, shapes and sizes of all tensors: what the headers say.
+    fn source_fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for info in self.source.infos() {
+            hash.update(format!("{}\0{}\0{:?}\0{}\n", info.name, info.stored.name(), info.shape, info.bytes));
+        }
+        hex(&hash.finalize())
+    }
+
+    /// Everything that decides the output's bytes, as far as it can be known without reading them: headers, and length
+    /// and time of change of the source's files, recipe, layout, version, seed.
+    fn fingerprint(&self, layout: &Layout) -> Result<String> {
+        let mut hash = Sha256::new();
+        hash.update(env!("CARGO_PKG_VERSION"));
+        hash.update(self.made.by);
+        hash.update(self.made.seed.to_le_bytes());
+        hash.update(&self.made.recipe);
+        hash.update(self.source_fingerprint());
+        for (path, len, changed) in crate::format::weight_stamps(self.source.path())? {
+            hash.update(format!("{path}\0{len}\0{changed}\n"));
+        }
+        for item in self.items {
+            hash.update(format!("{}\0{:?}\n", item.name, item.work));
+        }
+        layout.files().for_each(|f| hash.update(f));
+        Ok(hex(&hash.finalize()))
+    }
+}
+
+impl Item {
+    /// What blocks are made of: rows, or bytes for a copy.
+    fn units(&self) -> usize {
+        match self.work {
+            Work::Copy => self.info.bytes,
+            _ => self.info.rows_cols().0,
+        }
+    }
+
+    fn values(&self, rows: &Range<usize>) -> usize {
+        match self.work {
+            Work::Copy => rows.len(),
+            _ => rows.len() * self.info.rows_cols().1,
+        }
+    }
+
+    /// Values of the largest block.
+    pub fn largest_block(&self) -> usize {
+        self.blocks().iter().map(|b| self.values(b)).max().unwrap_or(0)
+    }
+
+    /// Blocks of rows, in order; one empty block for an empty tensor, so that it is finished too.
+    fn blocks(&self) -> Vec<Range<usize>> {
+        let units = self.units();
+        let per_unit = self.values(&(0..1)).max(1);
+        let step = match &self.work {
+            Work::Quantize(how) if !how.rows_stand_alone => units,
+            Work::Floats { head: Some(head), .. } => (BLOCK_VALUES / per_unit / head).max(1) * head,
+            _ => BLOCK_VALUES / per_unit,
+        };
+        let step = step.max(1);
+        (0..units.max(1)).step_by(step).map(|at| at.min(units)..(at + step).min(units)).collect()
+    }
+
+    /// Which bytes of which slots a block of rows becomes, in the order of its parts.
+    fn places(&self, rows: &Range<usize>) -> Vec<(String, Range<usize>)> {
+        let units = self.units();
+        let place = |slot: &crate::format::shards::Slot| {
+            let bytes = slot.bytes();
+            // Parts that don't go by rows belong to tensors of one block.
+            let row = bytes.checked_div(units).unwrap_or(0);
+            let range = if rows.len() == units { 0..bytes } else { rows.start * row..rows.end * row };
+            (slot.name.clone(), range)
+        };
+        self.bundle.slots.iter().map(place).collect()
+    }
+}
+
+fn refuse_non_finite(name: &str, values: &[f32], first_row: usize, cols: usize) -> Result<()> {
+    match values.par_iter().position_first(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(at) => {
+            let (row, col) = (first_row + at / cols.max(1), at % cols.max(1));
+            Err(tensor_error(name, format!("value {} at row {row}, column {col}, wanted finite ones", values[at])))
+        }
+    }
+}
+
+/// Row sums in parallel, added up in order: the same for any number of threads.
+fn sums(tensor: &QTensor, values: &[f32]) -> Sums {
+    let k = tensor.shape[1];
+    if k == 0 {
+        return Sums::default();
+    }
+    let row = |(r, values): (usize, &[f32])| {
+        let mut decoded = vec![0.0; k];
+        tensor.dequantize_row(r, &mut decoded);
+        let square = |v: f32| v as f64 * v as f64;
+        let signal: f64 = values.iter().map(|v| square(*v)).sum();
+        (signal, values.iter().zip(&decoded).map(|(a, b)| square(a - b)).sum::<f64>())
+    };
+    let rows: Vec<(f64, f64)> = values.par_chunks(k).enumerate().map(row).collect();
+    rows.iter().fold(Sums::default(), |s, (signal, error)| Sums { signal: s.signal + signal, error: s.error + error })
+}
+
+fn sidecar_bytes(sidecars: &[Sidecar]) -> u64 {
+    sidecars.iter().filter_map(|s| s.0.metadata().ok()).map(|m| m.len()).sum()
+}

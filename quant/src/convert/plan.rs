@@ -1,0 +1,217 @@
+//! What a conversion would do, before it touches a value.
+
+use super::engine::{BLOCK_VALUES, Item, Work};
+use crate::error::Result;
+use crate::format::native::Entry;
+use crate::format::shards::{Bundle, Slot};
+use crate::format::{Stored, TensorInfo, TensorSource, damaged, io_error, tensor_error};
+use crate::{QTensor, QuantSpec};
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Makes a tensor, or a block of its rows, from its name, shape and values.
+pub type Quantizer = Arc<dyn Fn(&str, [usize; 2], &[f32]) -> Result<QTensor> + Send + Sync>;
+
+/// What becomes of a matrix.
+pub enum Choice {
+    /// It stays as it is, for this reason.
+    Keep(String),
+    /// It becomes codes.
+    Quantize(Quantize),
+}
+
+/// How a matrix becomes codes.
+#[derive(Clone)]
+pub struct Quantize {
+    /// The arithmetic.
+    pub spec: QuantSpec,
+    /// What does it.
+    pub quantizer: Quantizer,
+    /// Names of scheme and algorithm, and whatever else decides the bytes: part of the fingerprint.
+    pub label: String,
+    /// Which rule chose it.
+    pub why: String,
+    /// Whether a block of rows gives the same codes as the whole tensor.
+    pub rows_stand_alone: bool,
+}
+
+impl fmt::Debug for Quantize {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{} {:?}", self.label, self.spec)
+    }
+}
+
+/// What happens to one tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Copied byte for byte.
+    Keep,
+    /// Quantized as this spec says.
+    Quantize(QuantSpec),
+}
+
+/// One tensor of a plan.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlanRow {
+    /// Its name.
+    pub name: String,
+    /// Its dimensions, the slowest first.
+    pub shape: Vec<usize>,
+    /// How the source stores it.
+    pub stored: String,
+    /// What happens to it.
+    pub action: Action,
+    /// Names of scheme and algorithm, or the element type that is kept.
+    pub label: String,
+    /// Bytes in the source.
+    pub bytes_before: u64,
+    /// Bytes in the output.
+    pub bytes_after: u64,
+    /// Bits per weight in the output.
+    pub bits_per_weight: f64,
+    /// Which rule chose this, or why it is kept.
+    pub why: String,
+}
+
+/// Everything that a conversion will do.
+#[derive(Debug)]
+pub struct Plan {
+    /// One row a tensor, in file order.
+    pub rows: Vec<PlanRow>,
+    /// Bytes that the conversion's memory stays below: see [`Plan::memory_rule`].
+    pub peak_memory: u64,
+    pub(super) items: Vec<Item>,
+}
+
+/// What the program needs anyway: code, headers, journal, buffers of files.
+const BASE_MEMORY: u64 = 64 << 20;
+/// For each value in flight: 4 bytes as f32, at most 4 in the source's mapped pages, 1 as a code, at most 2 in parts,
+/// and what the algorithm needs beside.
+const MEMORY_PER_VALUE: u64 = 16;
+
+impl Plan {
+    /// Bytes of all tensors before and after.
+    pub fn bytes(&self) -> (u64, u64) {
+        self.rows.iter().fold((0, 0), |(a, b), r| (a + r.bytes_before, b + r.bytes_after))
+    }
+
+    /// Bits per weight of the quantized tensors together; `None` if there are none.
+    pub fn bits_per_quantized_weight(&self) -> Option<f64> {
+        let quantized = self.rows.iter().filter(|r| matches!(r.action, Action::Quantize(_)));
+        let (bytes, values) = quantized.fold((0, 0), |(bytes, values), r| {
+            (bytes + r.bytes_after, values + r.shape.iter().product::<usize>() as u64)
+        });
+        (values > 0).then(|| bytes as f64 * 8.0 / values as f64)
+    }
+
+    /// How [`Plan::peak_memory`] comes about, in words.
+    pub fn memory_rule() -> String {
+        format!(
+            "{} MiB + {MEMORY_PER_VALUE} bytes x values in flight (at least {} Mi, or the largest block of rows) + the \
+             largest tensor's bytes in the source",
+            BASE_MEMORY >> 20,
+            BLOCK_VALUES >> 20
+        )
+    }
+}
+
+/// Plans a conversion: `choose` decides about matrices of floats; everything else is kept.
+///
+/// # Errors
+/// If the source is quantized already, a spec contradicts itself, or two tensors would have the same name.
+pub fn plan_with(source: &dyn TensorSource, choose: &dyn Fn(&TensorInfo) -> Result<Choice>) -> Result<Plan> {
+    refuse_quantized(source)?;
+    let mut plan = Plan { rows: Vec::new(), peak_memory: 0, items: Vec::new() };
+    for info in source.infos() {
+        let choice = match why_kept(info) {
+            Some(why) => Choice::Keep(why.to_owned()),
+            None => choose(info)?,
+        };
+        let (item, action, why) = match choice {
+            Choice::Keep(why) => (kept(info)?, Action::Keep, why),
+            Choice::Quantize(how) => {
+                let (spec, why) = (how.spec.clone(), how.why.clone());
+                (quantized(info, how)?, Action::Quantize(spec), why)
+            }
+        };
+        let bytes_after: u64 = item.bundle.slots.iter().map(|s| s.bytes() as u64).sum();
+        plan.rows.push(PlanRow {
+            name: info.name.clone(),
+            shape: info.shape.clone(),
+            stored: info.stored.name(),
+            action,
+            label: item.stored.clone(),
+            bytes_before: info.bytes as u64,
+            bytes_after,
+            bits_per_weight: if info.elements() == 0 { 0.0 } else { bytes_after as f64 * 8.0 / info.elements() as f64 },
+            why,
+        });
+        plan.items.push(item);
+    }
+    let values = plan.items.iter().map(Item::largest_block).max().unwrap_or(0).max(BLOCK_VALUES);
+    let source_bytes = plan.rows.iter().map(|r| r.bytes_before).max().unwrap_or(0);
+    plan.peak_memory = BASE_MEMORY + MEMORY_PER_VALUE * values as u64 + source_bytes;
+    Ok(plan)
+}
+
+fn why_kept(info: &TensorInfo) -> Option<&'static str> {
+    if !info.stored.is_float() {
+        return Some("not floats");
+    }
+    match info.shape.as_slice() {
+        [_, _] if info.elements() == 0 => Some("empty"),
+        [_, _] => None,
+        _ => Some("not a matrix"),
+    }
+}
+
+fn kept(info: &TensorInfo) -> Result<Item> {
+    let Stored::Plain(dtype) = info.stored else {
+        return Err(tensor_error(&info.name, format!("{} can't be kept as it is", info.stored.name())));
+    };
+    let slot = Slot { name: info.name.clone(), dtype, shape: info.shape.clone() };
+    Ok(Item {
+        info: info.clone(),
+        name: info.name.clone(),
+        work: Work::Copy,
+        bundle: Bundle { slots: vec![slot], ..Bundle::default() },
+        stored: info.stored.name(),
+    })
+}
+
+fn quantized(info: &TensorInfo, how: Quantize) -> Result<Item> {
+    how.spec.validate()?;
+    let entry = Entry { spec: how.spec.clone(), shape: info.shape.clone(), reordered: false };
+    Ok(Item {
+        info: info.clone(),
+        name: info.name.clone(),
+        bundle: entry.bundle(&info.name)?,
+        stored: how.label.clone(),
+        work: Work::Quantize(how),
+    })
+}
+
+/// Quantizing twice multiplies errors: codes are refused, in nibble's form, in GGUF's, or announced by config.json.
+fn refuse_quantized(source: &dyn TensorSource) -> Result<()> {
+    let path = source.path();
+    if let Some(info) = source.infos().iter().find(|i| !matches!(i.stored, Stored::Plain(_))) {
+        let why = format!("tensor `{}` is {} already, wanted floats", info.name, info.stored.name());
+        return Err(damaged(path, why));
+    }
+    let config = path.join("config.json");
+    if !config.is_file() {
+        return Ok(());
+    }
+    match quantization_method(&config)? {
+        Some(method) => Err(damaged(path, format!("config.json says it is quantized already ({method})"))),
+        None => Ok(()),
+    }
+}
+
+fn quantization_method(config: &Path) -> Result<Option<String>> {
+    let text = std::fs::read(config).map_err(io_error(config))?;
+    let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| damaged(config, e.to_string()))?;
+    let found = json.get("quantization_config").filter(|q| !q.is_null());
+    Ok(found.map(|q| q["quant_method"].as_str().unwrap_or("by an unnamed method").to_owned()))
+}
