@@ -4,13 +4,16 @@
 //! to it, algorithms produce it, kernels pack from it. It lives for one tensor at a time, so that a conversion's memory
 //! is bounded by its largest tensor.
 
+pub mod algo;
 pub mod bits;
 pub mod error;
 pub mod format;
+mod names;
 pub mod nf4;
 pub mod qtensor;
 pub mod spec;
 
+pub use algo::{ALGORITHMS, AlgoInput, Algorithm};
 pub use error::{QuantError, Result};
 pub use qtensor::{QTensor, ScaleData, ZeroData};
 pub use spec::{
