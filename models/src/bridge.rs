@@ -72,7 +72,8 @@ impl CustomOp1 for QuantMatmul {
         let mut out = vec![0f32; rows * n];
         let mut products =
             [Product { weight: &self.weight, bias: self.bias.as_deref(), accumulate: false, out: &mut out }];
-        nibble_kernels::multiply(&self.pool, &mut activations, &mut products, self.act).map_err(candle_core::Error::wrap)?;
+        nibble_kernels::multiply(&self.pool, &mut activations, &mut products, self.act)
+            .map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(out), Shape::from(dims)))
     }
 }

@@ -156,18 +156,12 @@ impl Backend for CpuBackend {
         let x = x.packed(rows)?;
         // Products that share activations share a parallel region; three are enough for q, k and v.
         for products in products.chunks_mut(3) {
-            let mut of = |linear: &mut Linear<'_, Self>| -> Product<'_> {
-                Product {
-                    weight: linear.weight,
-                    bias: linear.bias.map(Vec::as_slice),
-                    accumulate: false,
-                    out: linear.out.write(rows),
-                }
-            };
             match products {
-                [a] => multiply(&self.pool, x, &mut [of(a)], self.act)?,
-                [a, b] => multiply(&self.pool, x, &mut [of(a), of(b)], self.act)?,
-                [a, b, c] => multiply(&self.pool, x, &mut [of(a), of(b), of(c)], self.act)?,
+                [a] => multiply(&self.pool, x, &mut [product(a, rows)], self.act)?,
+                [a, b] => multiply(&self.pool, x, &mut [product(a, rows), product(b, rows)], self.act)?,
+                [a, b, c] => {
+                    multiply(&self.pool, x, &mut [product(a, rows), product(b, rows), product(c, rows)], self.act)?
+                }
                 _ => {}
             }
         }
@@ -280,6 +274,12 @@ impl Backend for CpuBackend {
         cache.iter_mut().for_each(|layer| layer.truncate(length));
         Ok(())
     }
+}
+
+/// A product that overwrites its output.
+fn product<'a>(linear: &'a mut Linear<'_, CpuBackend>, rows: usize) -> Product<'a> {
+    let bias = linear.bias.map(Vec::as_slice);
+    Product { weight: linear.weight, bias, accumulate: false, out: linear.out.write(rows) }
 }
 
 fn pack_dense(dense: &DenseMatrix<'_>) -> Result<PackedWeight> {

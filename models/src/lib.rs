@@ -23,8 +23,8 @@ pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, RopeFrequenci
 pub use error::{ModelError, Result};
 pub use family::{FAMILIES, Family, WeightNames};
 pub use hub::{HubEvent, HubOptions};
+pub use model::{Model, ModelOptions};
 pub use sample::{SampleSettings, Sampler, argmax};
 pub use stop::StopStrings;
 pub use template::{ChatTemplate, Message, RenderOptions};
 pub use tokenizer::{GgufVocab, TextStream, Tokenizer, TokenizerFiles};
-pub use model::{Model, ModelOptions};

@@ -111,7 +111,8 @@ impl Model {
     pub fn chat_template(&self) -> Result<ChatTemplate> {
         ChatTemplate::load(&self.path)?.ok_or_else(|| ModelError::Damaged {
             path: self.path.clone(),
-            why: "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json".to_string(),
+            why: "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json"
+                .to_string(),
         })
     }
 }

@@ -4,16 +4,19 @@
 //! to it, algorithms produce it, kernels pack from it. It lives for one tensor at a time, so that a conversion's memory
 //! is bounded by its largest tensor.
 
+pub mod algo;
 pub mod bits;
 pub mod convert;
 pub mod error;
 pub mod format;
 pub mod manifest;
+mod names;
 pub mod nf4;
 mod pack;
 pub mod qtensor;
 pub mod spec;
 
+pub use algo::{ALGORITHMS, AlgoInput, Algorithm};
 pub use error::{QuantError, Result};
 pub use qtensor::{QTensor, ScaleData, ZeroData};
 pub use spec::{

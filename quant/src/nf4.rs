@@ -36,11 +36,11 @@ fn build_dynamic_map() -> [f32; 256] {
     let mut values = Vec::with_capacity(256);
     for exponent in 0..7 {
         let count = 1usize << exponent;
-        let power = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0][exponent];
+        let power: f32 = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0][exponent];
         for i in 0..count {
             let middle = fraction_boundary(i, count).midpoint(fraction_boundary(i + 1, count));
-            // torch multiplies its f32 tensor of means by a double: rounded to f32 before and after.
-            let value = (power * middle as f64) as f32;
+            // torch rounds the power to f32 before it multiplies a tensor of f32.
+            let value = power * middle;
             values.extend([value, -value]);
         }
     }
@@ -57,14 +57,15 @@ fn fraction_boundary(i: usize, count: usize) -> f32 {
     if i < count.div_ceil(2) { 0.1 + step * i as f32 } else { 1.0 - step * (count - i) as f32 }
 }
 
-/// Index of the nearest value of the dynamic map; of two equally near ones the lower.
+/// Index of the nearest value of the dynamic map; of two equally near ones the lower. "Nearest" is by the
+/// middles between values, rounded to f32, as in bitsandbytes.
 pub fn dynamic_code(value: f32) -> u8 {
     let map = dynamic_map();
     let above = map.partition_point(|&m| m < value);
     match above {
         0 => 0,
         256 => 255,
-        i if value - map[i - 1] <= map[i] - value => (i - 1) as u8,
+        i if value <= (map[i - 1] + map[i]) / 2.0 => (i - 1) as u8,
         i => i as u8,
     }
 }

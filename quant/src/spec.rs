@@ -280,8 +280,8 @@ impl QuantSpec {
         match self.outliers {
             OutlierSpec::None => Ok(()),
             OutlierSpec::PerGroup(0) => refuse("0 outliers a group; leave outliers out".into()),
-            OutlierSpec::PerGroup(_) if self.granularity == Granularity::Tensor => {
-                refuse("outliers a group need groups or channels; there is one group a tensor".into())
+            _ if self.granularity == Granularity::Tensor => {
+                refuse("outliers need groups or channels; there is one group a tensor".into())
             }
             OutlierSpec::PerGroup(count) if group.is_some_and(|g| count >= g) => {
                 refuse(format!("{count} outliers in groups of {} values", group.unwrap_or_default()))

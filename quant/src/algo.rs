@@ -1,0 +1,114 @@
+//! From weights to codes: every algorithm is a row of [`ALGORITHMS`].
+//!
+//! A row of the weight is quantized in three steps. *Fit*: each group's scale (and zero point or minimum) in full
+//! precision. *Store*: those numbers in the spec's format, through a second level if it has one. *Code*: the nearest
+//! codes under the numbers as stored, so that the rounding of a scale is seen by its codes. Algorithms differ in how
+//! they fit and store; the error they lower is weighted by the importance of each column.
+//!
+//! Rows are independent but for scales that span the tensor, and no sum depends on who adds it: the same input gives
+//! the same bytes on any number of threads and every instruction set.
+
+mod assemble;
+mod error;
+mod fit;
+mod grid;
+mod outliers;
+mod rows;
+mod second;
+
+use crate::error::Result;
+use crate::{QTensor, QuantError, QuantSpec};
+
+/// What an algorithm is given.
+#[derive(Debug, Clone, Copy)]
+pub struct AlgoInput<'a> {
+    /// The tensor's name, for errors.
+    pub name: &'a str,
+    /// (n, k) weights.
+    pub weight: &'a [f32],
+    /// (n, k); weights of higher rank are folded to (first dimension, the rest).
+    pub shape: [usize; 2],
+    /// The arithmetic wanted.
+    pub spec: &'a QuantSpec,
+    /// (k) second moments of what each column is multiplied by, if they were observed.
+    pub importance: Option<&'a [f32]>,
+    /// Seed of algorithms that draw random numbers.
+    pub seed: u64,
+}
+
+/// A way from weights to codes.
+#[derive(Debug, Clone, Copy)]
+pub struct Algorithm {
+    /// The word for it in recipes and flags.
+    pub name: &'static str,
+    /// One line on what it does.
+    pub summary: &'static str,
+    /// Quantizes one tensor.
+    pub run: fn(&AlgoInput) -> Result<QTensor>,
+}
+
+/// Every algorithm, cheapest first.
+pub static ALGORITHMS: &[Algorithm] = &[
+    Algorithm {
+        name: "rtn",
+        summary: "nearest codes under the scale that just holds a group's largest value",
+        run: |input| rows::quantize(input, fit::Method::Plain),
+    },
+    Algorithm {
+        name: "clip",
+        summary: "nearest codes under the best of a range of smaller scales, which clip the largest values",
+        run: |input| rows::quantize(input, fit::Method::Clip),
+    },
+    Algorithm {
+        name: "search",
+        summary: "scales (and zeros) of least weighted error: a scan, then steps along the gradient of single codes",
+        run: |input| rows::quantize(input, fit::Method::Search),
+    },
+];
+
+/// The algorithm of that name.
+pub fn algorithm(name: &str) -> Result<&'static Algorithm> {
+    ALGORITHMS.iter().find(|a| a.name == name).ok_or_else(|| QuantError::Spec {
+        what: format!("algorithm `{name}`"),
+        why: crate::names::unknown(name, ALGORITHMS.iter().map(|a| a.name)),
+    })
+}
+
+/// The error that algorithms lower: sum over rows of `sum_j weight_j * (x_j - q_j)^2`, with the weights that they use.
+///
+/// `quantized` is (n, k) floats.
+///
+/// # Panics
+/// If `quantized` doesn't have the input's shape.
+pub fn weighted_error(input: &AlgoInput, quantized: &[f32]) -> f64 {
+    error::total(input, quantized)
+}
+
+impl AlgoInput<'_> {
+    fn refuse(&self, why: String) -> QuantError {
+        QuantError::Tensor { name: self.name.into(), why }
+    }
+
+    /// Refuses lengths that contradict the shape and values that aren't finite.
+    fn check(&self) -> Result<()> {
+        let [n, k] = self.shape;
+        self.spec.validate().map_err(|e| self.refuse(e.to_string()))?;
+        if n.checked_mul(k) != Some(self.weight.len()) {
+            return Err(self.refuse(format!("{} values for a shape of {n} x {k}", self.weight.len())));
+        }
+        if n.max(k) > u32::MAX as usize {
+            return Err(self.refuse(format!("a shape of {n} x {k}; 32 bits index a side")));
+        }
+        if let Some(at) = self.weight.iter().position(|w| !w.is_finite()) {
+            return Err(self.refuse(format!("{} at row {}, column {}", self.weight[at], at / k, at % k)));
+        }
+        let Some(importance) = self.importance else { return Ok(()) };
+        if importance.len() != k {
+            return Err(self.refuse(format!("importance of {} columns, the tensor has {k}", importance.len())));
+        }
+        match importance.iter().position(|h| !h.is_finite() || *h < 0.0) {
+            Some(col) => Err(self.refuse(format!("importance {} of column {col}", importance[col]))),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Full-precision numbers for one group: its scale and zero point or minimum.
+
+mod affine;
+mod scaled;
+
+pub(super) use affine::refit_min;
+
+use super::grid::{Even, Uneven};
+use crate::{Grid, QuantSpec, ScaleFormat, Zero};
+use nibble_kernels::simd::{LANES, Simd};
+
+/// How a group's numbers are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Method {
+    /// The range of the values.
+    Plain,
+    /// The best of smaller ranges.
+    Clip,
+    /// The least weighted error.
+    Search,
+}
+
+/// A group's numbers before they are stored.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Fit {
+    /// Signed where the spec has signed scales.
+    pub(super) scale: f32,
+    /// 0 without minimums; never above 0 where minimums are coded.
+    pub(super) min: f32,
+    /// 0 without zero points.
+    pub(super) zero: i32,
+    /// `sum w * level^2`: what a unit of squared error in the scale costs.
+    pub(super) scale_cost: f32,
+    /// `sum w`: what a unit of squared error in the minimum costs.
+    pub(super) min_cost: f32,
+}
+
+/// The values of a group and what their errors cost.
+#[derive(Clone, Copy)]
+pub(super) struct Group<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) w: &'a [f32],
+}
+
+/// A spec's grid and zero as the fits need them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rule {
+    pub(super) zero: Zero,
+    /// Levels of a table.
+    pub(super) table: Option<[f32; LANES]>,
+    /// Lowest and highest level; codes with a zero point or minimum.
+    pub(super) low: f32,
+    pub(super) high: f32,
+    /// Code of level 0 of symmetric integers.
+    pub(super) middle: i32,
+    /// Whether scales may be negative.
+    pub(super) signed: bool,
+    /// Whether minimums share a sign, so that none may be above 0.
+    pub(super) low_min: bool,
+}
+
+impl Rule {
+    pub(super) fn new(spec: &QuantSpec) -> Rule {
+        let (codes, middle) = (spec.codes(), spec.middle());
+        let table = match spec.grid {
+            Grid::Table(table) => Some(table.levels()),
+            Grid::Int { .. } => None,
+        };
+        let (low, high) = match table {
+            Some(levels) => (levels[0], levels[LANES - 1]),
+            None => ((*codes.start() as i32 - middle) as f32, (*codes.end() as i32 - middle) as f32),
+        };
+        let low_min = !matches!(spec.scale, ScaleFormat::Float(_));
+        Rule { zero: spec.zero, table, low, high, middle, signed: spec.signed_scales(), low_min }
+    }
+
+    /// Lowest and highest level and the code of level 0 of an even grid with this zero point, if it has any.
+    #[inline(always)]
+    pub(super) fn ends(&self, zero: Option<u8>) -> (f32, f32, i32) {
+        match zero {
+            Some(zero) => (-(zero as f32), self.high - zero as f32, zero as i32),
+            None => (self.low, self.high, self.middle),
+        }
+    }
+
+    /// Fits one group. `levels` is scratch of the group's length.
+    #[inline(always)]
+    pub(super) fn fit<S: Simd>(&self, s: S, group: Group, method: Method, levels: &mut [f32]) -> Fit {
+        let range = Extremes::of(s, group.x);
+        if range.lo == 0.0 && range.hi == 0.0 {
+            return Fit::default();
+        }
+        match (self.zero, self.table) {
+            (Zero::Min, _) => affine::fit(s, self, group, method, range),
+            (Zero::Int, _) => scaled::fit_zero(s, self, group, method, range, levels),
+            (_, Some(table)) => scaled::fit(s, self, Uneven::new(s, &table), group, method, range, levels),
+            _ => scaled::fit(s, self, Even::new(s, self.low, self.high, 0), group, method, range, levels),
+        }
+    }
+}
+
+/// The range of a group's values; `lo` and `hi` don't include 0 by themselves.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Extremes {
+    pub(super) lo: f32,
+    pub(super) hi: f32,
+}
+
+impl Extremes {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, x: &[f32]) -> Extremes {
+        let first = s.splat(x.first().copied().unwrap_or(0.0));
+        let (mut lo, mut hi) = (first, first);
+        let mut whole = x.chunks_exact(LANES);
+        for x in whole.by_ref() {
+            let x = s.load_partial(x);
+            (lo, hi) = (s.min(x, lo), s.max(x, hi));
+        }
+        let (mut low, mut high) = (-s.largest(s.sub(s.splat(0.0), lo)), s.largest(hi));
+        for &x in whole.remainder() {
+            (low, high) = (low.min(x), high.max(x));
+        }
+        Extremes { lo: low, hi: high }
+    }
+
+    /// With 0 inside.
+    fn with_zero(self) -> Extremes {
+        Extremes { lo: self.lo.min(0.0), hi: self.hi.max(0.0) }
+    }
+
+    /// The value of largest magnitude.
+    fn peak(self) -> f32 {
+        if self.hi >= -self.lo { self.hi } else { self.lo }
+    }
+}
+
+/// 1 / scale, or 0 where that would overflow: such groups are all zero.
+#[inline(always)]
+pub(super) fn inverse(scale: f32) -> f32 {
+    let inverse = 1.0 / scale;
+    if inverse.is_finite() { inverse } else { 0.0 }
+}
+
+/// How much smaller than the plain scale the scans go, as factors on its inverse: `count` of them, evenly from `from` to
+/// `to`. Long groups have lone large values, and clip them.
+#[inline(always)]
+fn factors(len: usize, count: usize) -> impl Iterator<Item = f32> {
+    let (from, to) = match len {
+        0..=48 => (0.88, 1.24),
+        49..=160 => (0.92, 1.48),
+        _ => (0.96, 2.4),
+    };
+    (0..count).map(move |i| from + (to - from) * i as f32 / (count - 1) as f32)
+}
