@@ -32,7 +32,7 @@ fn zero_threads_are_the_caller_alone() {
 
 #[test]
 fn many_tiny_regions_all_run_and_each_ends_before_the_next() {
-    for (threads, regions) in [(2, 20_000), (4, 3_000), (16, 300)] {
+    for (threads, regions) in [(2, 5_000), (4, 1_000), (16, 100)] {
         let pool = Pool::new(threads);
         let total = AtomicUsize::new(0);
         for region in 0..regions {
