@@ -24,7 +24,7 @@ pub use algo::{ALGORITHMS, AlgoInput, Algorithm};
 pub use error::{QuantError, Result};
 pub use presets::{PRESETS, Preset};
 pub use qtensor::{QTensor, ScaleData, ZeroData};
-pub use recipe::{Action, Decision, Keep, Recipe, Rule};
+pub use recipe::{Decision, Keep, Recipe, Rule};
 pub use role::Role;
 pub use scheme::{Activation, KvFormat, QuantScheme};
 pub use spec::{

@@ -1,7 +1,8 @@
 //! Presets and recipes: names, costs, and who decides.
 
 use nibble_quant::presets::{self, DEFAULT, PRESETS};
-use nibble_quant::{Action, Keep, Recipe, Role};
+use nibble_quant::recipe::Action;
+use nibble_quant::{Keep, Recipe, Role};
 
 #[test]
 fn every_preset_is_valid_and_has_its_own_name_and_a_known_algorithm() {
