@@ -13,12 +13,20 @@ pub mod manifest;
 mod names;
 pub mod nf4;
 mod pack;
+pub mod presets;
 pub mod qtensor;
+pub mod recipe;
+pub mod role;
+pub mod scheme;
 pub mod spec;
 
 pub use algo::{ALGORITHMS, AlgoInput, Algorithm};
 pub use error::{QuantError, Result};
+pub use presets::{PRESETS, Preset};
 pub use qtensor::{QTensor, ScaleData, ZeroData};
+pub use recipe::{Decision, Keep, Recipe, Rule};
+pub use role::Role;
+pub use scheme::{Activation, KvFormat, QuantScheme};
 pub use spec::{
     FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, Range, ScaleFormat, Span, SpecBytes, Table, Zero,
 };

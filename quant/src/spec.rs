@@ -371,6 +371,14 @@ impl QuantSpec {
         }
     }
 
+    /// Whether a block of rows quantizes to the same codes as the rows do within their tensor: nothing is shared by all
+    /// rows.
+    pub fn rows_stand_alone(&self) -> bool {
+        self.granularity != Granularity::Tensor
+            && !matches!(self.scale, ScaleFormat::Dynamic { .. })
+            && !matches!(self.outliers, OutlierSpec::Columns { .. })
+    }
+
     /// Whether scales may be negative.
     pub fn signed_scales(&self) -> bool {
         match (self.grid, self.scale) {

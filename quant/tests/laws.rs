@@ -182,7 +182,9 @@ fn the_dynamic_map_ascends_and_codes_are_nearest() {
     for i in -1100..=1100 {
         let value = i as f32 / 1000.0;
         let nearest = map.iter().map(|m| (m - value).abs()).fold(f32::MAX, f32::min);
-        assert_eq!((map[dynamic_code(value) as usize] - value).abs(), nearest, "{value}");
+        // Middles are rounded to f32: two values may be equally near up to that.
+        let off = (map[dynamic_code(value) as usize] - value).abs();
+        assert!(off <= nearest + 2.0 * f32::EPSILON * value.abs(), "{value}: {off} where {nearest} is possible");
     }
     assert!(NF4.is_sorted_by(|a, b| a < b));
 }

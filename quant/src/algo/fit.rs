@@ -141,11 +141,12 @@ pub(super) fn inverse(scale: f32) -> f32 {
     if inverse.is_finite() { inverse } else { 0.0 }
 }
 
-/// How much smaller than the plain scale the scans go, as factors on its inverse: `count` of them, evenly from `from` to
-/// `to`. Long groups have lone large values, and clip them.
+/// How much smaller than the plain scale the scans go, as factors on its inverse: `count` of them, evenly. Long groups
+/// have lone large values, and clip them; a fine grid, with `reach` levels a side, clips hardly any.
 #[inline(always)]
-fn factors(len: usize, count: usize) -> impl Iterator<Item = f32> {
+fn factors(len: usize, reach: f32, count: usize) -> impl Iterator<Item = f32> {
     let (from, to) = match len {
+        _ if reach > 24.0 => (0.97, 1.13),
         0..=48 => (0.88, 1.24),
         49..=160 => (0.92, 1.48),
         _ => (0.96, 2.4),

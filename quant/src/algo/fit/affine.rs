@@ -37,7 +37,7 @@ pub(super) fn fit<S: Simd>(s: S, rule: &Rule, group: Group, method: Method, rang
     let mut at = sums_at(plain);
     let mut best = (plain, at.left(plain));
     if method != Method::Plain && width > 0.0 {
-        for factor in factors(group.x.len(), SCAN) {
+        for factor in factors(group.x.len(), 0.5 * rule.high, SCAN) {
             let narrow = width / factor;
             let line = Line { scale: narrow / rule.high, min: lo + 0.5 * (width - narrow) };
             let line = if rule.low_min && line.min > 0.0 { Line { min: 0.0, ..line } } else { line };

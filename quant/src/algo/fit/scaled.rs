@@ -48,13 +48,16 @@ pub(super) fn fit<S: Simd, G: Grid<S>>(
     let (end, other) = if rule.high >= -rule.low { (rule.high, rule.low) } else { (rule.low, rule.high) };
     let plain = if rule.signed && end != -other { end / peak } else { end.abs() / peak.abs() };
     let mut best = Candidate::plain(sums(s, grid, group, plain), plain);
+    // The levels of a table are few, whatever units they are in.
+    let reach = if rule.table.is_some() { 8.0 } else { rule.high };
     if method != Method::Plain {
-        for factor in factors(group.x.len(), SCAN) {
+        best.offer(s, grid, group, plain, method);
+        for factor in factors(group.x.len(), reach, SCAN) {
             best.offer(s, grid, group, plain * factor, method);
         }
         if rule.signed {
             let turned = if end == -other { -plain } else { other / peak };
-            for factor in factors(group.x.len(), SCAN) {
+            for factor in factors(group.x.len(), reach, SCAN) {
                 best.offer(s, grid, group, turned * factor, method);
             }
         }
@@ -79,7 +82,8 @@ pub(super) fn fit_zero<S: Simd>(
     let mut zero = zero_at(plain);
     let mut best = Candidate::plain(sums(s, even(zero), group, plain), plain);
     if method != Method::Plain {
-        for factor in factors(group.x.len(), SCAN) {
+        best.offer(s, even(zero), group, plain, method);
+        for factor in factors(group.x.len(), 0.5 * rule.high, SCAN) {
             let inverse = plain * factor;
             // The middle of the range stays in the middle of the grid.
             let centre = (0.5 * rule.high - 0.5 * (range.hi + range.lo) * inverse).round_ties_even();
