@@ -1,6 +1,6 @@
 //! From one checkpoint to another, a block of rows at a time.
 //!
-//! [`plan_with`] decides everything and touches no value: which tensors become what, at what size, in how much memory.
+//! [`plan`] decides everything and touches no value: which tensors become what, at what size, in how much memory.
 //! [`quantize`] and [`import_gguf`] then read, convert and write in parallel; where each byte goes was settled by the
 //! plan, so the output is the same for any number of threads, and a run that was killed can be taken up again.
 
@@ -9,6 +9,7 @@ mod engine;
 mod import;
 mod plan;
 mod progress;
+mod recipe;
 mod sidecars;
 mod verify;
 
@@ -17,6 +18,7 @@ pub use engine::{Options, Report};
 pub use import::{ImportOptions, import_gguf};
 pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
 pub use progress::{Progress, Silent};
+pub use recipe::{Importance, plan};
 pub use sidecars::sidecars;
 pub use verify::{Verified, verify};
 

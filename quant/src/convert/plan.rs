@@ -4,7 +4,7 @@ use super::engine::{BLOCK_VALUES, Item, Work};
 use crate::error::Result;
 use crate::format::native::Entry;
 use crate::format::shards::{Bundle, Slot};
-use crate::format::{Stored, TensorInfo, TensorSource, damaged, io_error, tensor_error};
+use crate::format::{Dtype, Stored, TensorInfo, TensorSource, damaged, io_error, tensor_error};
 use crate::{QTensor, QuantSpec};
 use std::fmt;
 use std::path::Path;
@@ -13,10 +13,12 @@ use std::sync::Arc;
 /// Makes a tensor, or a block of its rows, from its name, shape and values.
 pub type Quantizer = Arc<dyn Fn(&str, [usize; 2], &[f32]) -> Result<QTensor> + Send + Sync>;
 
-/// What becomes of a matrix.
+/// What becomes of a tensor of floats.
 pub enum Choice {
     /// It stays as it is, for this reason.
     Keep(String),
+    /// It becomes floats of another type (F32, F16 or BF16), for this reason.
+    Convert(Dtype, String),
     /// It becomes codes.
     Quantize(Quantize),
 }
@@ -47,6 +49,8 @@ impl fmt::Debug for Quantize {
 pub enum Action {
     /// Copied byte for byte.
     Keep,
+    /// Written as floats of this type.
+    Convert(Dtype),
     /// Quantized as this spec says.
     Quantize(QuantSpec),
 }
@@ -116,7 +120,8 @@ impl Plan {
     }
 }
 
-/// Plans a conversion: `choose` decides about matrices of floats; everything else is kept.
+/// Plans a conversion: `choose` decides about tensors of floats; everything else is kept, and so is what it would
+/// quantize but isn't a matrix.
 ///
 /// # Errors
 /// If the source is quantized already, a spec contradicts itself, or two tensors would have the same name.
@@ -130,6 +135,8 @@ pub fn plan_with(source: &dyn TensorSource, choose: &dyn Fn(&TensorInfo) -> Resu
         };
         let (item, action, why) = match choice {
             Choice::Keep(why) => (kept(info)?, Action::Keep, why),
+            Choice::Convert(dtype, why) => (converted(info, dtype)?, Action::Convert(dtype), why),
+            Choice::Quantize(_) if info.shape.len() != 2 => (kept(info)?, Action::Keep, "not a matrix".to_owned()),
             Choice::Quantize(how) => {
                 let (spec, why) = (how.spec.clone(), how.why.clone());
                 (quantized(info, how)?, Action::Quantize(spec), why)
@@ -156,13 +163,9 @@ pub fn plan_with(source: &dyn TensorSource, choose: &dyn Fn(&TensorInfo) -> Resu
 }
 
 fn why_kept(info: &TensorInfo) -> Option<&'static str> {
-    if !info.stored.is_float() {
-        return Some("not floats");
-    }
-    match info.shape.as_slice() {
-        [_, _] if info.elements() == 0 => Some("empty"),
-        [_, _] => None,
-        _ => Some("not a matrix"),
+    match info.stored.is_float() {
+        false => Some("not floats"),
+        true => (info.elements() == 0).then_some("empty"),
     }
 }
 
@@ -177,6 +180,23 @@ fn kept(info: &TensorInfo) -> Result<Item> {
         work: Work::Copy,
         bundle: Bundle { slots: vec![slot], ..Bundle::default() },
         stored: info.stored.name(),
+    })
+}
+
+fn converted(info: &TensorInfo, dtype: Dtype) -> Result<Item> {
+    if info.stored == Stored::Plain(dtype) {
+        return kept(info);
+    }
+    if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+        return Err(tensor_error(&info.name, format!("can't be kept as {dtype}, wanted F32, F16 or BF16")));
+    }
+    let slot = Slot { name: info.name.clone(), dtype, shape: info.shape.clone() };
+    Ok(Item {
+        info: info.clone(),
+        name: info.name.clone(),
+        work: Work::Floats { dtype, head: None },
+        bundle: Bundle { slots: vec![slot], ..Bundle::default() },
+        stored: dtype.to_string(),
     })
 }
 

@@ -6,7 +6,10 @@ use nibble_quant::format::native::NativeSource;
 use nibble_quant::format::safetensors::SafetensorsSource;
 use nibble_quant::format::{self, Dtype, OutputOptions, TensorInfo, TensorSource};
 use nibble_quant::manifest::{Manifest, TensorRecord};
-use nibble_quant::*;
+use nibble_quant::{
+    FloatFormat, Granularity, Grid, OutlierSpec, PRESETS, QTensor, QuantError, QuantSpec, Recipe, Result, ScaleData,
+    ScaleFormat, Zero, ZeroData,
+};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -348,4 +351,60 @@ fn diff_names_what_one_side_lacks() {
     assert!(why(&a, &b).contains("`y`"));
     assert!(why(&b, &a).contains("`y`"));
     assert!(why(&a, &c).contains("shapes"));
+}
+
+#[test]
+fn every_preset_survives_a_conversion_in_blocks_and_is_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.safetensors");
+    let tensors = [
+        f32_tensor("model.embed_tokens.weight", &[33, 77], 1),
+        f32_tensor("model.layers.0.mlp.up_proj.weight", &[40, 300], 2),
+        f32_tensor("model.layers.0.input_layernorm.weight", &[77], 3),
+    ];
+    save(&file, &tensors);
+    let source = SafetensorsSource::open(&file).unwrap();
+    for preset in PRESETS {
+        let recipe = Recipe::new(preset.name).unwrap();
+        let plan = plan(&source, &recipe, &Importance::new(), 0).unwrap();
+        let out = dir.path().join(preset.name);
+        let report = quantize(&plan, &source, &recipe.to_toml().unwrap(), &out, &Options::default(), &Silent).unwrap();
+        let native = NativeSource::open(&report.path).unwrap();
+        for row in &plan.rows {
+            let Action::Quantize(spec) = &row.action else {
+                assert_eq!(native.bytes(&row.name).unwrap(), source.bytes(&row.name).unwrap());
+                continue;
+            };
+            let tensor = native.quantized(&row.name).unwrap().unwrap();
+            assert_eq!(&tensor.spec, spec, "{}", preset.name);
+            assert_eq!(row.bytes_after, tensor.bytes(), "{}", preset.name);
+            let record = report.tensors.iter().find(|t| t.name == row.name).unwrap();
+            let values = tensor.dequantize();
+            let mut wanted = Vec::new();
+            (&source as &dyn TensorSource).read_f32(&row.name, &mut wanted).unwrap();
+            let power = |v: &mut dyn Iterator<Item = f32>| v.map(|v| v as f64 * v as f64).sum::<f64>();
+            let error = power(&mut wanted.iter().zip(&values).map(|(a, b)| a - b));
+            let sqnr = 10.0 * (power(&mut wanted.iter().copied()) / error).log10();
+            assert!((record.sqnr_db.unwrap() - sqnr).abs() < 1e-6, "{}: {:?} {sqnr}", preset.name, record.sqnr_db);
+        }
+        assert_eq!(plan.rows[plan.rows.iter().position(|r| r.shape.len() == 1).unwrap()].action, Action::Keep);
+        let differences = diff(&source, &native, &mut |_| ()).unwrap();
+        assert!(differences.iter().all(|d| d.sqnr_db > 3.0), "{}: {differences:?}", preset.name);
+    }
+}
+
+#[test]
+fn a_rule_may_keep_floats_of_another_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = checkpoint(dir.path());
+    let source = SafetensorsSource::open(&path).unwrap();
+    let recipe = Recipe::from_flags(PRESETS[0].name, &["*.embed.weight=keep:f32".into()]).unwrap();
+    let plan = plan(&source, &recipe, &Importance::new(), 0).unwrap();
+    let out = quantize(&plan, &source, "", &dir.path().join("out"), &Options::default(), &Silent).unwrap().path;
+    let native = NativeSource::open(&out).unwrap();
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    (&source as &dyn TensorSource).read_f32("model.embed.weight", &mut a).unwrap();
+    (&native as &dyn TensorSource).read_f32("model.embed.weight", &mut b).unwrap();
+    assert_eq!(native.info("model.embed.weight").unwrap().stored, format::Stored::Plain(Dtype::F32));
+    assert_eq!(a, b);
 }
