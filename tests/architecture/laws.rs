@@ -195,6 +195,9 @@ fn linked(page: &str, text: &str) -> Vec<String> {
         .collect()
 }
 
+/// Where a reader begins.
+const ENTRANCES: [&str; 2] = ["README.md", "docs/index.md"];
+
 fn links(tree: &Tree) -> Vec<String> {
     let mut breaches = Vec::new();
     for (page, text) in tree.texts.iter().filter(|(path, _)| path.ends_with(".md")) {
@@ -206,14 +209,16 @@ fn links(tree: &Tree) -> Vec<String> {
         }
     }
     // A page nobody can reach is a page nobody keeps true.
-    let mut reached = BTreeSet::from(["README.md".to_owned()]);
-    let mut open = vec!["README.md".to_owned()];
+    let mut reached = BTreeSet::from(ENTRANCES.map(str::to_owned));
+    let mut open = ENTRANCES.map(str::to_owned).to_vec();
     while let Some(page) = open.pop() {
         let text = tree.texts.get(&page).map_or("", String::as_str);
         open.extend(linked(&page, text).into_iter().filter(|target| reached.insert(target.clone())));
     }
     let docs = tree.texts.keys().filter(|path| path.starts_with("docs/") && path.ends_with(".md"));
-    breaches.extend(docs.filter(|p| !reached.contains(*p)).map(|p| format!("{p} is not reached from README.md")));
+    breaches.extend(
+        docs.filter(|p| !reached.contains(*p)).map(|p| format!("{p} is not reached from {}", ENTRANCES.join(" or "))),
+    );
     breaches
 }
 
