@@ -1,7 +1,6 @@
 //! Arguments that several commands share, and how their words become values.
 
-use crate::failure::Usage;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::num::NonZeroUsize;
 
 /// How many threads compute.
@@ -16,6 +15,12 @@ impl Threads {
     /// The number given, or the cores of this machine that the process may use.
     pub fn count(self) -> usize {
         self.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
+    }
+
+    /// Lets conversion and other coarse work, which rayon spreads, use this many threads.
+    pub fn set_for_conversion(self) -> Result<()> {
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(self.count());
+        builder.build_global().context("can't start the worker threads")
     }
 }
 
@@ -47,36 +52,6 @@ pub fn unescape(text: &str) -> Result<String, String> {
     Ok(out)
 }
 
-/// The word of a list that a mistyped word was probably meant to be.
-pub fn nearest<'a>(typed: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let distance = |word: &str| edit_distance(typed, word);
-    let (best, word) = known.into_iter().map(|word| (distance(word), word)).min()?;
-    (best <= 2.max(typed.chars().count() / 3)).then_some(word)
-}
-
-/// A word that must be one of a list: refuses another one, says which are known and which was probably meant.
-pub fn unknown<'a>(what: &str, typed: &str, known: impl IntoIterator<Item = &'a str> + Clone) -> Usage {
-    let meant = nearest(typed, known.clone()).map(|word| format!(", did you mean `{word}`?")).unwrap_or_default();
-    let known = known.into_iter().collect::<Vec<_>>().join(", ");
-    Usage(format!("{what} `{typed}` is unknown{meant} (known: {known})"))
-}
-
-/// Letters to insert, remove or replace to turn one word into another (Levenshtein).
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,19 +70,5 @@ mod tests {
         assert_eq!(unescape(r"a\nb\\c\t").unwrap(), "a\nb\\c\t");
         assert!(unescape(r"\x").is_err());
         assert!(unescape("\\").is_err());
-    }
-
-    #[test]
-    fn distances_count_edits() {
-        for (a, b, wanted) in [("", "abc", 3), ("kitten", "sitting", 3), ("int4", "int4", 0), ("nf4", "nf", 1)] {
-            assert_eq!(edit_distance(a, b), wanted, "{a} {b}");
-            assert_eq!(edit_distance(b, a), wanted, "{b} {a}");
-        }
-    }
-
-    #[test]
-    fn only_near_words_are_suggested() {
-        assert_eq!(nearest("int4-g23", ["int4-g32", "int8"]), Some("int4-g32"));
-        assert_eq!(nearest("banana", ["int4-g32", "int8"]), None);
     }
 }

@@ -73,8 +73,11 @@ fn code(error: &Error) -> u8 {
     let stopped = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<Stopped>() || matches!(cause.downcast_ref(), Some(nibble_quant::QuantError::Stopped))
     };
+    // A scheme, rule or flag that can't be met, and a word in the environment that means nothing, were typed by the user.
     let usage = |cause: &(dyn std::error::Error + 'static)| {
-        cause.is::<Usage>() || matches!(cause.downcast_ref(), Some(nibble_kernels::KernelError::IsaName { .. }))
+        cause.is::<Usage>()
+            || matches!(cause.downcast_ref(), Some(nibble_kernels::KernelError::IsaName { .. }))
+            || matches!(cause.downcast_ref(), Some(nibble_quant::QuantError::Spec { .. }))
     };
     match () {
         () if error.chain().any(stopped) => STOPPED,

@@ -116,6 +116,19 @@ pub fn bytes(count: u64) -> String {
     }
 }
 
+/// The most memory this process has had resident, in bytes; none where the system doesn't tell.
+pub fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// A shape as people read it: `4096 x 14336`.
+pub fn shape(dimensions: &[usize]) -> String {
+    dimensions.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ")
+}
+
 /// Parameters as people read them.
 pub fn count(n: u64) -> String {
     match n {

@@ -5,6 +5,7 @@
 use crate::output;
 use crate::session::Session;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nibble_quant::manifest::TensorRecord;
 use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -53,39 +54,46 @@ impl Meter {
 
     /// Says how much there is to do; 0 bytes if bytes say nothing about the work.
     pub fn begin(&self, things: u64, bytes: u64) {
-        self.change(|state| {
-            *state = State { of_things: things, of_bytes: bytes, ..State::default() };
-        });
+        self.change(|state| *state = State { of_things: things, of_bytes: bytes, ..State::default() });
         if let Kind::Bar(bar) = &self.kind {
             bar.set_length(if bytes > 0 { bytes } else { things });
             bar.enable_steady_tick(Duration::from_millis(200));
         }
     }
 
-    /// Says that one more thing is done, and what the next or last one is called.
-    pub fn advance(&self, bytes: u64, name: &str) {
-        let line = self.change(|state| {
-            state.things += 1;
-            state.bytes += bytes;
-            self.line(state)
-        });
+    /// Says that more bytes are done.
+    pub fn add_bytes(&self, bytes: u64) {
+        self.change(|state| state.bytes += bytes);
+        self.draw("");
+    }
+
+    /// Says that one more thing is done, and what there is to say about it.
+    pub fn add_thing(&self, note: &str) {
+        self.change(|state| state.things += 1);
+        self.draw(note);
+    }
+
+    fn draw(&self, note: &str) {
         match &self.kind {
             Kind::Silent => (),
             Kind::Bar(bar) => {
-                let by_bytes = self.change(|state| (state.of_bytes > 0).then_some(state.bytes));
-                bar.set_position(by_bytes.unwrap_or_else(|| self.change(|state| state.things)));
-                bar.set_message(format!("{line}  {name}"));
+                let (position, line) = self.change(|state| {
+                    let position = if state.of_bytes > 0 { state.bytes } else { state.things };
+                    (position, self.line(state))
+                });
+                bar.set_position(position);
+                bar.set_message(format!("{line}  {note}"));
             }
             Kind::Lines => {
-                let due = self.change(|state| {
+                let line = self.change(|state| {
                     let due = state.said.unwrap_or(self.started).elapsed() >= LINE_EVERY;
-                    if due {
+                    due.then(|| {
                         state.said = Some(Instant::now());
-                    }
-                    due
+                        self.line(state)
+                    })
                 });
-                if due {
-                    output::remark(&format!("{}: {line}", self.what));
+                if let Some(line) = line {
+                    output::remark(format!("{}: {line}  {note}", self.what).trim_end());
                 }
             }
         }
@@ -121,6 +129,25 @@ impl Meter {
             text.push_str(&format!("  eta {}", duration(left)));
         }
         text
+    }
+}
+
+/// A conversion's course.
+impl nibble_quant::convert::Progress for Meter {
+    fn start(&self, tensors: usize, bytes: u64) {
+        self.begin(tensors as u64, bytes);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.add_bytes(bytes);
+    }
+
+    fn tensor_done(&self, tensor: &TensorRecord) {
+        self.add_thing(&tensor.name);
+    }
+
+    fn message(&self, text: &str) {
+        self.remark(text);
     }
 }
 
@@ -168,11 +195,13 @@ mod tests {
     fn a_line_counts_things_and_bytes() {
         let meter = meter();
         meter.begin(4, 4_000_000);
-        meter.advance(1_000_000, "a");
+        meter.add_bytes(1_000_000);
+        meter.add_thing("a");
         let line = meter.change(|state| meter.line(state));
         assert!(line.starts_with("1/4 tensors  "), "{line}");
         assert!(line.contains("/s  eta "), "{line}");
-        (0..3).for_each(|_| meter.advance(1_000_000, "b"));
+        meter.add_bytes(3_000_000);
+        (0..3).for_each(|_| meter.add_thing("b"));
         let line = meter.change(|state| meter.line(state));
         assert!(line.starts_with("4/4 tensors") && !line.contains("eta"), "{line}");
     }
