@@ -1,5 +1,18 @@
 //! The commands, one row each: a name, the words it takes, and what it does.
 
+mod bench;
+mod chat;
+mod diff;
+mod eval;
+mod generate;
+mod import;
+mod inspect;
+mod kernels;
+mod quantize;
+mod schemes;
+mod synth;
+mod verify;
+
 use crate::session::{Global, Session};
 use anyhow::{Context, Result};
 use clap::{ArgMatches, Args};
@@ -29,6 +42,18 @@ const fn command<C: Run>(name: &'static str) -> Command {
 
 /// Every command, in the order of the help.
 pub static COMMANDS: &[Command] = &[
+    command::<import::Import>("import"),
+    command::<quantize::Quantize>("quantize"),
+    command::<generate::Generate>("generate"),
+    command::<chat::Chat>("chat"),
+    command::<bench::Bench>("bench"),
+    command::<eval::Eval>("eval"),
+    command::<inspect::Inspect>("inspect"),
+    command::<verify::Verify>("verify"),
+    command::<diff::Diff>("diff"),
+    command::<schemes::Schemes>("schemes"),
+    command::<kernels::Kernels>("kernels"),
+    command::<synth::Synth>("synth"),
 ];
 
 /// The whole command line.

@@ -7,10 +7,14 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod classes;
 mod commands;
 mod failure;
+mod hub;
+mod limits;
 mod output;
 mod progress;
+mod running;
 mod session;
 
 use clap::FromArgMatches;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use nibble_kernels::ActKind;
 use nibble_models::backend::KvKind;
-use nibble_models::generate::{Generation, GenerateOptions};
+use nibble_models::generate::{GenerateOptions, Generation};
 use nibble_models::sample::SampleSettings;
 use nibble_models::tokenizer::Tokenizer;
 use nibble_models::{Model, ModelOptions};
@@ -94,7 +94,8 @@ impl Running {
     pub fn load(&self, session: &Session, checkpoint: &str) -> Result<Speaker> {
         let path = crate::hub::checkpoint(session, checkpoint)?;
         let start = Instant::now();
-        let options = ModelOptions { threads: self.threads.threads.map(Into::into), activations: self.activations.kind() };
+        let options =
+            ModelOptions { threads: self.threads.threads.map(Into::into), activations: self.activations.kind() };
         let model = Model::load(&path, &options)?;
         let tokenizer = model.tokenizer()?;
         Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })

@@ -77,8 +77,7 @@ fn a_second_interrupt_ends_the_process_at_once() {
     place.model("float", &[]);
     // Waiting for a message, nothing looks at the first one.
     let mut command = place.command(&["chat", "float"]);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut input = child.stdin.take().unwrap();
     std::io::Write::write_all(&mut input, b"hello\n").unwrap();
     let mut first = [0];

@@ -115,8 +115,10 @@ pub fn write_tokenizer(dir: &Path) {
     for byte in 0..=255u8 {
         vocabulary.insert(letter(byte).to_string(), json!(byte));
     }
-    let special = |i: usize| json!({"id": 256 + i, "content": SPECIAL[i], "single_word": false, "lstrip": false,
-        "rstrip": false, "normalized": false, "special": true});
+    let special = |i: usize| {
+        json!({"id": 256 + i, "content": SPECIAL[i], "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true})
+    };
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null,

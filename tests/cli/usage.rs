@@ -155,7 +155,9 @@ fn settings_out_of_range_are_named() {
     assert!(generate(&["--top-p", "1.5"]).error(1).contains("top_p"));
     assert!(generate(&["--repetition-penalty", "0"]).error(1).contains("repetition_penalty"));
     assert!(generate(&["--temperature", "nan"]).error(1).contains("temperature"));
-    assert!(generate(&["--ctx", "0"]).error(1).contains("context") || generate(&["--ctx", "0"]).stderr.contains("zero"));
+    assert!(
+        generate(&["--ctx", "0"]).error(1).contains("context") || generate(&["--ctx", "0"]).stderr.contains("zero")
+    );
     let long = "x".repeat(100);
     let refused = place.run(&["generate", "float", "-p", &long, "--ctx", "50"]);
     assert!(refused.error(1).contains("50"), "{}", refused.stderr);

@@ -2,6 +2,7 @@
 
 use super::Run;
 use crate::failure::Stopped;
+use crate::limits::Limits;
 use crate::output::{self, Table};
 use crate::progress::Meter;
 use crate::running::{Activations, Kv};
@@ -91,12 +92,15 @@ impl Run for Bench {
             given => given.iter().map(|n| n.get()).collect(),
         };
         let tests = self.tests();
+        let limits: Vec<Limits> = threads.iter().map(|threads| Limits::of(&Pool::new(*threads))).collect();
+        limits.iter().for_each(|limits| session.remark(limits.line()));
         let meter = Meter::new(session, "bench", "tests");
         meter.begin((tests.len() * threads.len() * self.checkpoints.len()) as u64, 0);
         let mut rows = Vec::new();
         'all: for checkpoint in &self.checkpoints {
             let path = crate::hub::checkpoint(session, checkpoint)?;
-            for &threads in &threads {
+            for &limits in &limits {
+                let threads = limits.threads;
                 let options = ModelOptions { threads: Some(threads), activations: self.activations.kind() };
                 let model = Model::load(&path, &options)?;
                 for &(test, depth) in &tests {
@@ -107,7 +111,7 @@ impl Run for Bench {
                         break 'all;
                     }
                     meter.add_thing(&format!("{} {:.1} t/s", speed.test, speed.tokens_per_second));
-                    rows.push(self.row(&path, &model, threads, test, speed));
+                    rows.push(self.row(&path, &model, limits, test, speed));
                 }
             }
         }
@@ -133,10 +137,10 @@ impl Bench {
         self.depth.iter().flat_map(|depth| all.iter().map(|test| (*test, *depth))).collect()
     }
 
-    fn row(&self, path: &Path, model: &Model, threads: usize, test: Test, speed: BenchRow) -> Row {
+    fn row(&self, path: &Path, model: &Model, limits: Limits, test: Test, speed: BenchRow) -> Row {
         let decoder = model.decoder();
-        let name = path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
-        let limits = crate::limits::of(decoder.backend().pool());
+        let name =
+            path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
         // A forward pass reads the weights once, however many tokens it serves.
         let tokens_per_pass = match test {
             Test::Prompt(tokens) => tokens.min(ContextPlan::default().chunk),
@@ -144,17 +148,17 @@ impl Bench {
         };
         let passes_per_second = speed.tokens_per_second / tokens_per_pass as f64;
         let bytes_per_second = passes_per_second * decoder.bytes_per_token() as f64;
-        let operations_per_second = speed.tokens_per_second * 2.0 * decoder.multiply_adds_per_token() as f64;
+        let multiply_adds_per_second = speed.tokens_per_second * decoder.multiply_adds_per_token() as f64;
         Row {
             model: name,
             size_bytes: model.file_bytes(),
             parameters: model.parameters(),
             bits_per_weight: crate::classes::bits_per_weight(model.file_bytes(), model.parameters()),
-            threads,
+            threads: limits.threads,
             isa: nibble_kernels::Isa::best().name(),
             activations: self.activations.name(),
             bandwidth_share: bytes_per_second / limits.read_bytes_per_second,
-            int8_share: operations_per_second / limits.int8_operations_per_second,
+            int8_share: multiply_adds_per_second / limits.int8_multiply_adds_per_second,
             speed,
         }
     }
@@ -182,8 +186,18 @@ fn table(rows: &[Row]) -> Table {
 
 fn csv(rows: &[Row]) -> Table {
     let mut table = Table::new(&[
-        "model", "size_bytes", "parameters", "bits_per_weight", "threads", "isa", "activations", "test",
-        "tokens_per_second", "sd", "bandwidth_share", "int8_share",
+        "model",
+        "size_bytes",
+        "parameters",
+        "bits_per_weight",
+        "threads",
+        "isa",
+        "activations",
+        "test",
+        "tokens_per_second",
+        "sd",
+        "bandwidth_share",
+        "int8_share",
     ]);
     for row in rows {
         table.row(vec![

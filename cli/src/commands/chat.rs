@@ -55,7 +55,8 @@ impl Run for Chat {
         let decoder = speaker.model.decoder();
         let limit = decoder.config().max_positions;
         let capacity = self.ctx.unwrap_or(DEFAULT_CONTEXT.min(limit)).min(limit);
-        let context = decoder.context(ContextPlan { capacity, kv: self.running.kv.kind(), ..ContextPlan::default() })?;
+        let context =
+            decoder.context(ContextPlan { capacity, kv: self.running.kv.kind(), ..ContextPlan::default() })?;
         let mut talk = Talk { speaker: &speaker, template, options, context, held: Vec::new(), messages: Vec::new() };
         talk.start(self.system);
         let mut lines = Lines::open(session)?;

@@ -85,7 +85,9 @@ impl Run for Inspect {
             all.bits()
         ))?;
         if let Some(config) = config(&path)?.as_object() {
-            output::say(&config.iter().map(|(key, value)| format!("{key} {}", plain(value))).collect::<Vec<_>>().join(", "))?;
+            output::say(
+                &config.iter().map(|(key, value)| format!("{key} {}", plain(value))).collect::<Vec<_>>().join(", "),
+            )?;
         }
         output::say("")?;
         output::say(&if self.tensors { tensor_table(infos) } else { class_table(infos) }.render())?;
