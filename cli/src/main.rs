@@ -13,6 +13,7 @@ mod failure;
 mod hub;
 mod limits;
 mod output;
+mod planning;
 mod progress;
 mod running;
 mod session;
