@@ -1,0 +1,215 @@
+//! `nibble quantize`: a checkpoint becomes small.
+
+use super::Run;
+use crate::arguments::Threads;
+use crate::classes::{bits_per_weight, class, is_linear};
+use crate::output::{self, Table};
+use crate::planning::{Wishes, plan};
+use crate::progress::{Meter, duration};
+use crate::session::Session;
+use anyhow::Result;
+use nibble_quant::convert::{self, Options, Plan, Report};
+use nibble_quant::format::{self, OutputOptions};
+use nibble_quant::manifest::TensorRecord;
+use serde::Serialize;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Quantize a checkpoint: linear layers to --scheme, embedding and output head to 8 bits, the rest as it is
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: nibble quantize SmolLM2-135M-Instruct -o smol-int4
+Example: nibble quantize ORG/NAME -o small --scheme int4-g64 --keep '*.layers.0.*' --dry-run
+
+The output appears under its name only when it is whole and verified. A run that was stopped goes on with --resume.")]
+pub struct Quantize {
+    /// Checkpoint folder or file in floats, or ORG/NAME on the hub
+    #[arg(value_name = "SRC")]
+    source: String,
+    /// Folder to write
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    #[command(flatten)]
+    wishes: Wishes,
+    /// Print what would be done and the memory it would take, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Go on where an earlier run was stopped
+    #[arg(long)]
+    resume: bool,
+    /// Replace the output if it is a checkpoint
+    #[arg(long)]
+    force: bool,
+    /// Seed of algorithms that draw random numbers
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    threads: Threads,
+}
+
+impl Run for Quantize {
+    fn run(self, session: &Session) -> Result<()> {
+        self.threads.set_for_conversion()?;
+        let recipe = self.wishes.recipe()?;
+        let source = format::open(&crate::hub::checkpoint(session, &self.source)?)?;
+        let plan = plan(&*source, &recipe, self.seed)?;
+        if self.dry_run {
+            return print_plan(session, &plan);
+        }
+        let options = Options {
+            output: OutputOptions { force: self.force, resume: self.resume },
+            seed: self.seed,
+            stop: Some(session.stop()),
+            ..Options::default()
+        };
+        let meter = Meter::new(session, "quantize", "tensors");
+        let report = convert::quantize(&plan, &*source, &recipe.to_toml()?, &self.output, &options, &meter)?;
+        drop(meter);
+        print_report(session, &self.wishes, &report)
+    }
+}
+
+/// Sums of bytes and weights.
+#[derive(Default, Clone, Copy)]
+struct Sums {
+    bytes: u64,
+    weights: u64,
+}
+
+impl Sums {
+    fn of<'a>(tensors: impl Iterator<Item = (&'a [usize], u64)>) -> Sums {
+        tensors.fold(Sums::default(), |sums, (shape, bytes)| Sums {
+            bytes: sums.bytes + bytes,
+            weights: sums.weights + shape.iter().product::<usize>() as u64,
+        })
+    }
+
+    fn bits(self) -> f64 {
+        bits_per_weight(self.bytes, self.weights)
+    }
+}
+
+fn print_plan(session: &Session, plan: &Plan) -> Result<()> {
+    let (before, after) = plan.bytes();
+    let sized = || plan.rows.iter().map(|row| (row.name.as_str(), row.shape.as_slice(), row.bytes_after));
+    let all = Sums::of(sized().map(|(_, shape, bytes)| (shape, bytes)));
+    let linears = Sums::of(sized().filter(|(name, shape, _)| is_linear(name, shape)).map(|(_, s, bytes)| (s, bytes)));
+    if session.json {
+        let row = |row: &convert::PlanRow| {
+            json!({
+                "name": row.name, "shape": row.shape, "stored": row.stored, "scheme": row.label,
+                "bytes_before": row.bytes_before, "bytes": row.bytes_after, "bits_per_weight": row.bits_per_weight,
+                "why": row.why,
+            })
+        };
+        return output::json(&json!({
+            "peak_memory_bytes": plan.peak_memory, "bytes_in": before, "bytes_out": after,
+            "bits_per_linear_weight": linears.bits(), "bits_per_weight_file": all.bits(),
+            "tensors": plan.rows.iter().map(row).collect::<Vec<_>>(),
+        }));
+    }
+    let mut table = Table::new(&["tensor", "shape", "from", "to", "bytes", "bits/weight", "why"]);
+    for row in &plan.rows {
+        table.row(vec![
+            row.name.clone(),
+            output::shape(&row.shape),
+            row.stored.clone(),
+            row.label.clone(),
+            output::bytes(row.bytes_after),
+            format!("{:.3}", row.bits_per_weight),
+            row.why.clone(),
+        ]);
+    }
+    output::say(&table.render())?;
+    output::say(&format!(
+        "\n{} -> {}; {:.3} bits per linear weight, {:.3} over the whole file",
+        output::bytes(before),
+        output::bytes(after),
+        linears.bits(),
+        all.bits()
+    ))?;
+    output::say(&format!("peak memory below {}: {}", output::bytes(plan.peak_memory), Plan::memory_rule()))
+}
+
+/// All tensors that are for the same and stored alike.
+#[derive(Debug, Serialize)]
+struct Class {
+    class: String,
+    stored: String,
+    tensors: usize,
+    bytes: u64,
+    bits_per_weight: f64,
+    /// Null where nothing was lost.
+    sqnr_db: Option<Sqnr>,
+}
+
+/// Signal over quantization noise, in dB, over the tensors of a class.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Sqnr {
+    mean: f64,
+    min: f64,
+}
+
+fn classes(tensors: &[TensorRecord]) -> Vec<Class> {
+    let mut groups: Vec<((String, &str), Vec<&TensorRecord>)> = Vec::new();
+    for tensor in tensors {
+        let key = (class(&tensor.name), tensor.stored.as_str());
+        match groups.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, members)) => members.push(tensor),
+            None => groups.push((key, vec![tensor])),
+        }
+    }
+    let row = |((class, stored), members): ((String, &str), Vec<&TensorRecord>)| {
+        let sums = Sums::of(members.iter().map(|t| (t.shape.as_slice(), t.bytes)));
+        let noise: Vec<f64> = members.iter().filter_map(|t| t.sqnr_db).collect();
+        let sqnr = (!noise.is_empty()).then(|| Sqnr {
+            mean: noise.iter().sum::<f64>() / noise.len() as f64,
+            min: noise.iter().copied().fold(f64::INFINITY, f64::min),
+        });
+        let (tensors, stored) = (members.len(), stored.to_string());
+        Class { class, stored, tensors, bytes: sums.bytes, bits_per_weight: sums.bits(), sqnr_db: sqnr }
+    };
+    groups.into_iter().map(row).collect()
+}
+
+fn print_report(session: &Session, wishes: &Wishes, report: &Report) -> Result<()> {
+    let sized = || report.tensors.iter().map(|t| (t.name.as_str(), t.shape.as_slice(), t.bytes));
+    let all = Sums::of(sized().map(|(_, shape, bytes)| (shape, bytes)));
+    let linears = Sums::of(sized().filter(|(name, shape, _)| is_linear(name, shape)).map(|(_, s, bytes)| (s, bytes)));
+    let classes = classes(&report.tensors);
+    if session.json {
+        return output::json(&json!({
+            "path": report.path, "scheme": wishes.recipe.is_none().then_some(&wishes.scheme),
+            "recipe": wishes.recipe, "tensors": report.tensors.len(), "bytes_in": report.bytes_in,
+            "bytes_out": report.bytes_out, "bits_per_linear_weight": linears.bits(),
+            "bits_per_weight_file": all.bits(), "resumed": report.resumed, "seconds": report.seconds,
+            "megabytes_per_second": report.megabytes_per_second(), "peak_rss_bytes": output::peak_rss(),
+            "classes": classes,
+        }));
+    }
+    let mut table = Table::new(&["class", "tensors", "stored", "size", "bits/weight", "SQNR dB", "worst"]);
+    for class in classes {
+        let (mean, min) = match class.sqnr_db {
+            Some(sqnr) => (format!("{:.2}", sqnr.mean), format!("{:.2}", sqnr.min)),
+            None => ("-".to_string(), "-".to_string()),
+        };
+        let (tensors, bits) = (class.tensors.to_string(), format!("{:.3}", class.bits_per_weight));
+        table.row(vec![class.class, tensors, class.stored, output::bytes(class.bytes), bits, mean, min]);
+    }
+    output::say(&table.render())?;
+    let resumed = match report.resumed {
+        0 => String::new(),
+        tensors => format!("; {tensors} tensors from an earlier run"),
+    };
+    let memory = output::peak_rss().map(|rss| format!(", peak memory {}", output::bytes(rss))).unwrap_or_default();
+    output::say(&format!(
+        "\n{}: {} -> {}; {:.3} bits per linear weight, {:.3} over the whole file\n{} in {} ({:.0} MB/s){memory}{resumed}",
+        report.path.display(),
+        output::bytes(report.bytes_in),
+        output::bytes(report.bytes_out),
+        linears.bits(),
+        all.bits(),
+        output::bytes(report.bytes_in),
+        duration(report.seconds),
+        report.megabytes_per_second()
+    ))
+}

@@ -1,0 +1,257 @@
+//! What commands that run a model share: how it is run, how tokens are chosen, and loading it.
+
+use crate::arguments::{Threads, unescape};
+use crate::output;
+use crate::progress::duration;
+use crate::session::Session;
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+use nibble_kernels::ActKind;
+use nibble_models::backend::KvKind;
+use nibble_models::generate::{GenerateOptions, Generation};
+use nibble_models::sample::SampleSettings;
+use nibble_models::tokenizer::Tokenizer;
+use nibble_models::{Model, ModelOptions};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Instant;
+
+/// How a model is run.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Running {
+    #[command(flatten)]
+    pub threads: Threads,
+    /// Numbers that activations are in when they meet quantized weights
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Activations::Int8)]
+    pub activations: Activations,
+    /// How keys and values are kept
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
+    pub kv: Kv,
+}
+
+/// Numbers that activations are in when they meet quantized weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    /// int8 with a scale every 32 values: fast
+    Int8,
+    /// Single precision: exact
+    F32,
+}
+
+impl Activations {
+    /// As kernels know it.
+    pub fn kind(self) -> ActKind {
+        match self {
+            Activations::Int8 => ActKind::I8,
+            Activations::F32 => ActKind::F32,
+        }
+    }
+
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::Int8 => "int8",
+            Activations::F32 => "f32",
+        }
+    }
+}
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kv {
+    /// Half precision
+    F16,
+    /// int8 with a scale a head and position
+    Int8,
+    /// Single precision
+    F32,
+}
+
+impl Kv {
+    /// As the backend knows it.
+    pub fn kind(self) -> KvKind {
+        match self {
+            Kv::F16 => KvKind::F16,
+            Kv::Int8 => KvKind::Int8,
+            Kv::F32 => KvKind::F32,
+        }
+    }
+}
+
+/// A model ready to speak.
+pub struct Speaker {
+    /// Its weights.
+    pub model: Model,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Seconds that loading took.
+    pub load_seconds: f64,
+}
+
+impl Running {
+    /// Loads a model with its tokenizer.
+    pub fn load(&self, session: &Session, checkpoint: &str) -> Result<Speaker> {
+        let path = crate::hub::checkpoint(session, checkpoint)?;
+        let start = Instant::now();
+        let options =
+            ModelOptions { threads: self.threads.threads.map(Into::into), activations: self.activations.kind() };
+        let model = Model::load(&path, &options)?;
+        let tokenizer = model.tokenizer()?;
+        Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
+    }
+}
+
+/// How tokens are chosen and when an answer ends.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Sampling {
+    /// Most tokens to generate
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
+    pub max_tokens: usize,
+    /// 0 takes the likeliest token; above, the larger the wilder [default: the model's generation_config.json, else 0]
+    #[arg(long, alias = "temp", value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Choose among this many of the likeliest tokens, 0 for all
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Leave out tokens below this share of the likeliest one's probability
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Above 1: makes tokens that were there already less likely
+    #[arg(long, alias = "repeat-penalty", value_name = "R")]
+    pub repetition_penalty: Option<f32>,
+    /// Seed of the random numbers: the same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Text that ends the answer (may be given several times; \n and \t are understood)
+    #[arg(long, value_name = "TEXT", value_parser = unescape)]
+    pub stop: Vec<String>,
+    /// Go on past the tokens that end an answer
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+/// What generation_config.json says about sampling.
+#[derive(Debug, Default, Deserialize)]
+struct GenerationConfig {
+    do_sample: Option<bool>,
+    temperature: Option<f32>,
+    top_k: Option<usize>,
+    top_p: Option<f32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+}
+
+impl Sampling {
+    /// The options for a model: what was typed, else what its folder says, else the likeliest token.
+    pub fn options(&self, model: &Path) -> Result<GenerateOptions> {
+        let own = GenerationConfig::read(model)?;
+        let neutral = SampleSettings::default();
+        let own_temperature = match own.do_sample {
+            Some(true) => Some(own.temperature.unwrap_or(1.0)),
+            _ => None,
+        };
+        let sample = SampleSettings {
+            temperature: self.temperature.or(own_temperature).unwrap_or(0.0),
+            top_k: self.top_k.or(own.top_k).unwrap_or(neutral.top_k),
+            top_p: self.top_p.or(own.top_p).unwrap_or(neutral.top_p),
+            min_p: self.min_p.or(own.min_p).unwrap_or(neutral.min_p),
+            repetition_penalty: self
+                .repetition_penalty
+                .or(own.repetition_penalty)
+                .unwrap_or(neutral.repetition_penalty),
+            seed: self.seed,
+            ..neutral
+        };
+        Ok(GenerateOptions {
+            max_tokens: self.max_tokens,
+            sample,
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+        })
+    }
+}
+
+impl GenerationConfig {
+    fn read(model: &Path) -> Result<GenerationConfig> {
+        let path = model.join("generation_config.json");
+        match std::fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{}: can't be read", path.display())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(GenerationConfig::default()),
+            Err(e) => Err(e).with_context(|| format!("{}: can't be read", path.display())),
+        }
+    }
+}
+
+/// What generating took, in a line.
+pub fn timings(answer: &Generation, load_seconds: Option<f64>) -> String {
+    let load = load_seconds.map(|s| format!("loaded in {}; ", duration(s))).unwrap_or_default();
+    let finish = finish(answer);
+    format!(
+        "[{load}prompt {} tokens, {:.1} t/s; answer {} tokens, {:.1} t/s; ended by {finish}]",
+        answer.prompt_tokens,
+        answer.prompt_tokens_per_second(),
+        answer.tokens.len(),
+        answer.tokens_per_second(),
+    )
+}
+
+fn finish(answer: &Generation) -> &'static str {
+    use nibble_models::generate::Finish;
+    match answer.finish {
+        Finish::Stop => "the model",
+        Finish::Length => "--max-tokens",
+        Finish::Context => "a full context",
+        Finish::Cancelled => "the user",
+    }
+}
+
+/// An answer as JSON.
+pub fn answer_json(answer: &Generation) -> Value {
+    json!({
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish": answer.finish,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.tokens.len(),
+        "prompt_seconds": answer.prompt_seconds,
+        "decode_seconds": answer.decode_seconds,
+        "prompt_tokens_per_second": answer.prompt_tokens_per_second(),
+        "tokens_per_second": answer.tokens_per_second(),
+    })
+}
+
+/// Takes an answer's text as it comes: prints it, unless all of it is printed as JSON at the end.
+pub struct Stream<'a> {
+    session: &'a Session,
+    failed: Option<anyhow::Error>,
+}
+
+impl<'a> Stream<'a> {
+    /// A stream to stdout.
+    pub fn new(session: &'a Session) -> Stream<'a> {
+        Stream { session, failed: None }
+    }
+
+    /// Takes a piece and says whether more is wanted: not after Ctrl-C, and not without a reader.
+    pub fn take(&mut self, piece: &str) -> bool {
+        if !self.session.json
+            && let Err(error) = output::write(piece)
+        {
+            self.failed = Some(error);
+        }
+        self.failed.is_none() && !self.session.stopped()
+    }
+
+    /// Ends the answer's line, or says why it couldn't be printed.
+    pub fn end(self) -> Result<()> {
+        match self.failed {
+            Some(error) => Err(error),
+            None if self.session.json => Ok(()),
+            None => output::write("\n"),
+        }
+    }
+}
