@@ -9,7 +9,7 @@ use nibble_models::ModelConfig;
 use nibble_quant::format::gguf::{GgufSource, metadata};
 use nibble_quant::format::native::NativeSource;
 use nibble_quant::format::safetensors::SafetensorsSource;
-use nibble_quant::format::{self, Stored, TensorInfo, TensorSource};
+use nibble_quant::format::{self, Stored, TensorInfo};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
