@@ -64,6 +64,7 @@ impl Tokenizer {
     /// The bytes are damaged, or the decoder is of a kind that language models don't use.
     pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self> {
         let damaged = |why: String| ModelError::Damaged { path: path.to_path_buf(), why };
+        check_json(bytes).map_err(damaged)?;
         let mut inner =
             tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| damaged(format!("not a tokenizer: {e}")))?;
         inner.with_truncation(None).map_err(|e| damaged(e.to_string()))?;
@@ -188,6 +189,20 @@ impl Tokenizer {
     fn no_token(&self, id: u32) -> ModelError {
         let why = format!("token {id} is beyond the vocabulary of {}", self.vocab_size());
         ModelError::Damaged { path: self.path.clone(), why }
+    }
+}
+
+/// Refuses what the `tokenizers` crate would panic on: text that isn't JSON, and the one normalizer that it unwraps.
+fn check_json(bytes: &[u8]) -> Result<(), String> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|e| format!("not JSON: {e}"))?;
+    let normalizer = &value["normalizer"];
+    let steps = normalizer["normalizers"].as_array().map_or(std::slice::from_ref(normalizer), Vec::as_slice);
+    match steps.iter().any(|step| step["type"] == "Precompiled") {
+        true => {
+            Err("normalizer `Precompiled`, which language models with byte-level or BPE vocabularies don't use"
+                .to_owned())
+        }
+        false => Ok(()),
     }
 }
 

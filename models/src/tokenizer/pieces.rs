@@ -144,7 +144,9 @@ impl Rules {
 /// The byte that sentencepiece writes as `<0xAB>`.
 fn fallback_byte(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }
+    // `from_str_radix` would take a sign.
+    let plain = digits.len() == 2 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    if plain { u8::from_str_radix(digits, 16).ok() } else { None }
 }
 
 /// The byte that a character of GPT-2's alphabet stands for: printable Latin-1 stands for itself, and the 68 other bytes,

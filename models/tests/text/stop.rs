@@ -19,7 +19,7 @@ fn output_ends_before_the_stop_string_wherever_borders_fall() {
         (&["\n\nUser:"], &["Hi.\n", "\nUs", "age"], "Hi.\n\nUsage", None),
         (&["</s>"], &["a<", "/", "s", "x</s", ">y"], "a</sx", Some("</s>")),
         (&["日本"], &["今", "日", "日", "本語"], "今日", Some("日本")),
-        (&["aab"], &["aaa", "a", "b"], "aaa", Some("aab")),
+        (&["aab"], &["aaa", "a", "b"], "aa", Some("aab")),
         (&["abcd", "bc"], &["abcd"], "a", Some("bc")),
         (&["bc", "abc"], &["ab", "c"], "", Some("abc")),
         (&["x"], &["", "x", "y"], "", Some("x")),

@@ -81,7 +81,6 @@ fn a_hostile_template_ends() {
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 'x' * 100000000000 }}",
         "{% set ns = namespace(s='xxxxxxxxxxxxxxxx') %}{% for a in range(90) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
-        "{% set ns = namespace(s=[1]) %}{% for a in range(90) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | length }}",
     ];
     for source in cases {
         assert!(matches!(render(source), Err(ModelError::Template { .. })), "{source}");

@@ -251,6 +251,22 @@ proptest! {
     }
 
     #[test]
+    fn flipped_bits_are_an_error_or_a_tokenizer_but_never_a_panic(flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4)) {
+        for vocab in [byte_level("llama-bpe"), sentencepiece()] {
+            let mut bytes = vocab.to_files().unwrap().tokenizer.to_string().into_bytes();
+            for (at, bit) in &flips {
+                let at = at.index(bytes.len());
+                bytes[at] ^= 1 << bit;
+            }
+            if let Ok(tokenizer) = Tokenizer::from_json(Path::new("t.json"), &bytes)
+                && let Ok(ids) = tokenizer.encode("the <s> é 123", true)
+            {
+                prop_assert!(tokenizer.decode(&ids, true).is_ok());
+            }
+        }
+    }
+
+    #[test]
     fn any_ids_decode_as_the_tokenizers_crate_does(ids in prop::collection::vec(0u32..266, 0..30), skip: bool) {
         thread_local!(static MODEL: (Tokenizer, tokenizers::Tokenizer) = {
             let files = byte_level("smollm").to_files().unwrap();
@@ -279,6 +295,11 @@ fn a_damaged_tokenizer_is_refused_and_named() {
         Tokenizer::from_json(Path::new("t"), value.to_string().as_bytes()).map(|_| ()).unwrap_err().to_string()
     };
     assert!(decoder(json!(null)).contains("none"));
+    let mut value = byte_level("smollm").to_files().unwrap().tokenizer;
+    value["normalizer"] =
+        json!({"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": 5}]});
+    let error = Tokenizer::from_json(Path::new("t"), value.to_string().as_bytes()).unwrap_err().to_string();
+    assert!(error.contains("Precompiled"), "{error}");
     assert!(decoder(json!({"type": "WordPiece", "prefix": "##", "cleanup": true})).contains("WordPiece"));
 
     let folder = tempfile::tempdir().unwrap();
