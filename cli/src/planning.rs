@@ -1,12 +1,8 @@
-//! From what was typed to a recipe, and from a recipe to a plan.
+//! From what was typed to a recipe.
 
 use anyhow::{Context as _, Result};
-use nibble_quant::convert::{self, Choice, Plan, Quantize};
-use nibble_quant::format::TensorSource;
-use nibble_quant::recipe::{self, Decision, Keep};
-use nibble_quant::{AlgoInput, Recipe, Role, Rule, ScaleFormat, algo, presets};
+use nibble_quant::{Keep, Recipe, Role, Rule, presets};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 /// Which tensors become what.
 #[derive(Debug, Clone, clap::Args)]
@@ -56,46 +52,4 @@ fn set(rule: &mut Rule, scheme: &str) {
         "keep" => (rule.scheme, rule.keep) = (None, Some(Keep::Original)),
         name => rule.scheme = Some(name.to_string()),
     }
-}
-
-/// What a recipe does with every tensor of a checkpoint.
-pub fn plan(source: &dyn TensorSource, recipe: &Recipe, seed: u64) -> Result<Plan> {
-    let names = source.infos().iter().map(|info| (info.name.as_str(), info.shape.as_slice()));
-    let decisions = recipe.plan(names)?;
-    let index = |name: &str| source.infos().iter().position(|info| info.name == name);
-    let choose = |info: &nibble_quant::format::TensorInfo| {
-        let decision = match index(&info.name).and_then(|at| decisions.get(at)) {
-            Some(decision) => decision.clone(),
-            None => recipe.decide(&info.name, &info.shape)?,
-        };
-        choice(decision, seed)
-    };
-    Ok(convert::plan_with(source, &choose)?)
-}
-
-fn choice(decision: Decision, seed: u64) -> nibble_quant::Result<Choice> {
-    let (name, scheme, algorithm) = match decision.action {
-        recipe::Action::Keep(Keep::Original) => return Ok(Choice::Keep(decision.why)),
-        recipe::Action::Keep(other) => {
-            let why = format!("keep = {other:?}: only `original` is supported by this conversion").to_lowercase();
-            return Err(nibble_quant::QuantError::Spec { what: decision.why, why });
-        }
-        recipe::Action::Quantize { name, scheme, algorithm } => (name, scheme, algo::algorithm(algorithm)?),
-    };
-    let spec = scheme.weight;
-    // Scales that are stored against one number a tensor, or that are one a tensor, need all rows at once.
-    let rows_stand_alone = !matches!(spec.scale, ScaleFormat::Dynamic { .. })
-        && spec.granularity != nibble_quant::Granularity::Tensor
-        && !matches!(spec.outliers, nibble_quant::OutlierSpec::Columns { .. });
-    let with = spec.clone();
-    let quantizer = move |name: &str, shape: [usize; 2], weight: &[f32]| {
-        (algorithm.run)(&AlgoInput { name, weight, shape, spec: &with, importance: None, seed })
-    };
-    Ok(Choice::Quantize(Quantize {
-        spec,
-        quantizer: Arc::new(quantizer),
-        label: format!("{name} ({})", algorithm.name),
-        why: decision.why,
-        rows_stand_alone,
-    }))
 }

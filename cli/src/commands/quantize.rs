@@ -4,11 +4,11 @@ use super::Run;
 use crate::arguments::Threads;
 use crate::classes::{bits_per_weight, class, is_linear};
 use crate::output::{self, Table};
-use crate::planning::{Wishes, plan};
+use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::Result;
-use nibble_quant::convert::{self, Options, Plan, Report};
+use nibble_quant::convert::{self, Importance, Options, Plan, Report};
 use nibble_quant::format::{self, OutputOptions};
 use nibble_quant::manifest::TensorRecord;
 use serde::Serialize;
@@ -51,7 +51,7 @@ impl Run for Quantize {
         self.threads.set_for_conversion()?;
         let recipe = self.wishes.recipe()?;
         let source = format::open(&crate::hub::checkpoint(session, &self.source)?)?;
-        let plan = plan(&*source, &recipe, self.seed)?;
+        let plan = convert::plan(&*source, &recipe, &Importance::new(), self.seed)?;
         if self.dry_run {
             return print_plan(session, &plan);
         }
