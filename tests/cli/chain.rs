@@ -6,7 +6,7 @@ use crate::support::{Place, text};
 fn a_model_is_quantized_verified_inspected_run_scored_and_compared() {
     let place = Place::new();
     place.model("float", &["--hidden", "128", "--ffn", "256"]);
-    let table = place.run(&["quantize", "float", "-o", "int4", "--scheme", "int4"]);
+    let table = place.run(&["quantize", "float", "-o", "int4", "--scheme", "int4-g32"]);
     assert!(table.ok().contains("self_attn.q_proj") && table.stdout.contains("SQNR"), "{}", table.stdout);
 
     let verified = place.run(&["verify", "int4"]);
@@ -52,7 +52,7 @@ fn a_model_is_quantized_verified_inspected_run_scored_and_compared() {
 fn threads_do_not_change_a_byte() {
     let place = Place::new();
     place.model("float", &["--hidden", "192", "--ffn", "288", "--heads", "6", "--kv-heads", "2"]);
-    for scheme in ["int4", "int8", "nf4-dq"] {
+    for scheme in ["int4-nl-g32-dq", "int8-g32", "nf4-dq", "int4-g64-columns"] {
         let outputs = ["1", "2", "5"].map(|threads| {
             let out = format!("{scheme}-{threads}");
             place.run(&["quantize", "float", "-o", &out, "--scheme", scheme, "-t", threads]).ok();
@@ -93,7 +93,7 @@ fn a_plan_is_printed_and_nothing_written() {
     let place = Place::new();
     place.model("float", &[]);
     let before = place.names();
-    let plan = place.run(&["quantize", "float", "-o", "out", "--scheme", "int4", "--dry-run"]);
+    let plan = place.run(&["quantize", "float", "-o", "out", "--scheme", "int4-g32", "--dry-run"]);
     for wanted in ["model.embed_tokens.weight", "model.norm.weight", "peak memory"] {
         assert!(plan.ok().contains(wanted), "no {wanted} in\n{}", plan.stdout);
     }
@@ -111,7 +111,7 @@ fn a_plan_is_printed_and_nothing_written() {
 fn tensors_named_by_a_pattern_stay_as_they_are() {
     let place = Place::new();
     place.model("float", &[]);
-    place.run(&["quantize", "float", "-o", "out", "--scheme", "int4", "--keep", "*down_proj*"]).ok();
+    place.run(&["quantize", "float", "-o", "out", "--scheme", "int4-g32", "--keep", "*down_proj*"]).ok();
     let inspected = place.run(&["inspect", "out", "--json"]).json();
     for row in inspected["tensors"].as_array().unwrap() {
         let name = row["name"].as_str().unwrap();

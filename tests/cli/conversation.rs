@@ -118,7 +118,7 @@ fn a_prompt_comes_from_a_file_or_stdin() {
 fn every_kind_of_cache_and_activations_answers() {
     let place = Place::new();
     place.model("float", &[]);
-    place.run(&["quantize", "float", "-o", "int8", "--scheme", "int8"]).ok();
+    place.run(&["quantize", "float", "-o", "int8", "--scheme", "int8-g32"]).ok();
     for kv in ["f16", "int8", "f32"] {
         for activations in ["int8", "f32"] {
             let words = ["generate", "int8", "-p", "x", "-n", "4", "--ignore-eos", "--kv", kv];

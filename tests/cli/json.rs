@@ -25,7 +25,7 @@ fn every_command_prints_the_promised_fields() {
         assert_eq!(ended.stderr, "", "{words:?}");
         value
     };
-    let quantized = run(&["quantize", "float", "-o", "int4", "--scheme", "int4"]);
+    let quantized = run(&["quantize", "float", "-o", "int4", "--scheme", "int4-g32"]);
     let wanted = ["path", "bits_per_linear_weight", "bits_per_weight_file", "bytes_in", "bytes_out", "seconds"];
     fields(&quantized, &wanted);
     fields(&quantized, &["megabytes_per_second", "peak_rss_bytes", "classes.0.class", "classes.0.sqnr_db.mean"]);

@@ -38,7 +38,7 @@ fn wrong_words_are_refused_with_exit_code_two() {
         (&["quantise", "float"], &["quantise", "quantize"]),
         (&["quantize", "float"], &["--output"]),
         (&["quantize", "float", "-o", "x", "--scheme", "int44"], &["int44", "int4"]),
-        (&["quantize", "float", "-o", "x", "--lm-head-scheme", "imt8"], &["imt8", "int8"]),
+        (&["quantize", "float", "-o", "x", "--lm-head-scheme", "imt8-g32"], &["imt8", "int8-g32"]),
         (&["quantize", "float", "-o", "x", "--threads", "0"], &["--threads"]),
         (&["quantize", "float", "-o", "x", "--threads", "many"], &["many"]),
         (&["generate", "float"], &["prompt"]),
@@ -119,12 +119,12 @@ fn what_is_not_there_is_named() {
 fn an_existing_output_is_never_touched_unasked() {
     let place = Place::new();
     place.model("float", &[]);
-    place.run(&["quantize", "float", "-o", "out", "--scheme", "int8"]).ok();
+    place.run(&["quantize", "float", "-o", "out", "--scheme", "int8-g32"]).ok();
     let before = place.files("out");
-    let refused = place.run(&["quantize", "float", "-o", "out", "--scheme", "int4"]);
+    let refused = place.run(&["quantize", "float", "-o", "out", "--scheme", "int4-g32"]);
     assert!(refused.error(1).contains("out") && refused.stderr.contains("--force"), "{}", refused.stderr);
     assert!(place.files("out") == before);
-    place.run(&["quantize", "float", "-o", "out", "--scheme", "int4", "--force"]).ok();
+    place.run(&["quantize", "float", "-o", "out", "--scheme", "int4-g32", "--force"]).ok();
     assert!(place.files("out") != before);
 
     let source = place.files("float");
