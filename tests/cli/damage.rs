@@ -62,10 +62,7 @@ fn values_that_are_not_finite_are_named_by_tensor() {
     // Whatever is last in the file: every tensor is looked at, also those that stay as they are.
     refused(&place, &["quantize", "float", "-o", "out"], "NaN");
     refused(&place, &["verify", "float"], "NaN");
-    assert_eq!(
-        place.names(),
-        ["float", "hub", "state"].map(String::from).into_iter().filter(|n| place.path(n).exists()).collect::<Vec<_>>()
-    );
+    assert!(!place.path("out").exists(), "nothing under the final name");
 }
 
 #[test]

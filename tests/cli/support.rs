@@ -71,9 +71,9 @@ impl Place {
         finish(child)
     }
 
-    /// A random model with a tokenizer, in the folder `name`.
+    /// A random model with a tokenizer of exactly its tokens, in the folder `name`.
     pub fn model(&self, name: &str, words: &[&str]) {
-        self.run(&[&["synth", "-o", name], words].concat()).ok();
+        self.run(&[&["synth", "-o", name, "--vocab", "259"], words].concat()).ok();
         write_tokenizer(&self.path(name));
     }
 
@@ -101,8 +101,8 @@ pub fn finish(child: Child) -> Ended {
     let output = child.wait_with_output().unwrap();
     Ended {
         code: output.status.code().unwrap_or(-1),
-        stdout: String::from_utf8(output.stdout).unwrap(),
-        stderr: String::from_utf8(output.stderr).unwrap(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }
 

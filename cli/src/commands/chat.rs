@@ -134,6 +134,8 @@ impl Talk<'_> {
         // The last token is run again even if it is held: its logits are wanted.
         let common = self.held.iter().zip(&prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
         self.context.truncate(decoder.backend(), 0, common)?;
+        // A Ctrl-C from before the message was not meant for its answer.
+        session.resume();
         let mut stream = Stream::new(session);
         let tokenizer = &self.speaker.tokenizer;
         let fresh = &prompt[common..];

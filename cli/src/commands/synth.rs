@@ -97,6 +97,11 @@ impl Run for Synth {
         if self.output.symlink_metadata().is_ok() {
             bail!("{}: already exists; remove it or choose another name", self.output.display());
         }
+        if let Some(dir) = &self.tokenizer
+            && !dir.join("tokenizer.json").is_file()
+        {
+            bail!("{}: no tokenizer.json to copy", dir.display());
+        }
         let plan = self.plan();
         // Written beside its final name, so that a folder of that name is a whole one.
         let partial = beside(&self.output)?;
