@@ -12,6 +12,19 @@ pub fn class(name: &str) -> String {
     }
 }
 
+/// Items of one key together, keys in the order in which they first appear.
+pub fn group<'a, T, K: PartialEq>(items: &'a [T], key: impl Fn(&'a T) -> K) -> Vec<(K, Vec<&'a T>)> {
+    let mut groups: Vec<(K, Vec<&T>)> = Vec::new();
+    for item in items {
+        let key = key(item);
+        match groups.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, members)) => members.push(item),
+            None => groups.push((key, vec![item])),
+        }
+    }
+    groups
+}
+
 /// Whether a tensor is a linear layer of the decoder: a matrix of a numbered layer. The embedding and the output head
 /// are counted apart, as in every comparison of bits per weight.
 pub fn is_linear(name: &str, shape: &[usize]) -> bool {

@@ -104,9 +104,9 @@ impl Run for Eval {
 
 impl Eval {
     fn judge(&self, report: &EvalReport) -> Result<()> {
-        // Not `>`: a figure that is not a number is over any limit.
+        // A figure that is not a number is over any limit.
         let over = |figure: Option<f64>, limit: Option<f64>| match (figure, limit) {
-            (Some(figure), Some(limit)) if !(figure <= limit) => Some((figure, limit)),
+            (Some(figure), Some(limit)) if figure > limit || figure.is_nan() => Some((figure, limit)),
             _ => None,
         };
         if let Some((ratio, limit)) = over(report.ppl_ratio, self.max_ppl_ratio) {

@@ -1,7 +1,7 @@
 //! `nibble inspect`: what is in a checkpoint.
 
 use super::Run;
-use crate::classes::{bits_per_weight, class, is_linear};
+use crate::classes::{bits_per_weight, class, group, is_linear};
 use crate::output::{self, Table};
 use crate::session::Session;
 use anyhow::Result;
@@ -128,14 +128,7 @@ fn tensor_table(infos: &[TensorInfo]) -> Table {
 
 /// One row for all tensors that are for the same, of the same shape and stored alike.
 fn class_table(infos: &[TensorInfo]) -> Table {
-    let mut groups: Vec<((String, String, String), Vec<&TensorInfo>)> = Vec::new();
-    for info in infos {
-        let key = (class(&info.name), output::shape(&info.shape), info.stored.name());
-        match groups.iter_mut().find(|(known, _)| *known == key) {
-            Some((_, members)) => members.push(info),
-            None => groups.push((key, vec![info])),
-        }
-    }
+    let groups = group(infos, |info| (class(&info.name), output::shape(&info.shape), info.stored.name()));
     let mut table = Table::new(&["class", "tensors", "shape", "stored", "bytes", "bits/weight"]);
     for ((class, shape, stored), members) in groups {
         let sums = Sums::of(members.into_iter());

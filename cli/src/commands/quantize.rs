@@ -2,7 +2,7 @@
 
 use super::Run;
 use crate::arguments::Threads;
-use crate::classes::{bits_per_weight, class, is_linear};
+use crate::classes::{bits_per_weight, class, group, is_linear};
 use crate::output::{self, Table};
 use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
@@ -150,14 +150,6 @@ struct Sqnr {
 }
 
 fn classes(tensors: &[TensorRecord]) -> Vec<Class> {
-    let mut groups: Vec<((String, &str), Vec<&TensorRecord>)> = Vec::new();
-    for tensor in tensors {
-        let key = (class(&tensor.name), tensor.stored.as_str());
-        match groups.iter_mut().find(|(known, _)| *known == key) {
-            Some((_, members)) => members.push(tensor),
-            None => groups.push((key, vec![tensor])),
-        }
-    }
     let row = |((class, stored), members): ((String, &str), Vec<&TensorRecord>)| {
         let sums = Sums::of(members.iter().map(|t| (t.shape.as_slice(), t.bytes)));
         let noise: Vec<f64> = members.iter().filter_map(|t| t.sqnr_db).collect();
@@ -168,7 +160,7 @@ fn classes(tensors: &[TensorRecord]) -> Vec<Class> {
         let (tensors, stored) = (members.len(), stored.to_string());
         Class { class, stored, tensors, bytes: sums.bytes, bits_per_weight: sums.bits(), sqnr_db: sqnr }
     };
-    groups.into_iter().map(row).collect()
+    group(tensors, |t| (class(&t.name), t.stored.as_str())).into_iter().map(row).collect()
 }
 
 fn print_report(session: &Session, wishes: &Wishes, report: &Report) -> Result<()> {
