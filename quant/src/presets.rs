@@ -116,9 +116,13 @@ pub static PRESETS: &[Preset] = &[
     preset("int6-g32-dq", int(6), Group(32), FullRange, DQ8, "64 levels: close to 8 bits"),
 ];
 
-/// The preset of that name; an unknown one is told what it may have meant. `default` is [`DEFAULT`].
+/// Short words for the presets that are meant without further thought.
+pub const ALIASES: &[(&str, &str)] =
+    &[("default", DEFAULT), ("int4", DEFAULT), ("int8", DEFAULT_EMBEDDING), ("nf4", "nf4-dq")];
+
+/// The preset of that name or [alias](ALIASES); an unknown one is told what it may have meant.
 pub fn by_name(name: &str) -> Result<&'static Preset> {
-    let wanted = if name == "default" { DEFAULT } else { name };
+    let wanted = ALIASES.iter().find(|(alias, _)| *alias == name).map_or(name, |(_, preset)| preset);
     PRESETS.iter().find(|p| p.name == wanted).ok_or_else(|| QuantError::Spec {
         what: format!("scheme `{name}`"),
         why: crate::names::unknown(name, PRESETS.iter().map(|p| p.name)),
