@@ -91,3 +91,22 @@ fn quiet_leaves_stderr_empty_and_stdout_the_same() {
     assert!(loud.stderr.contains("t/s"));
     assert_eq!(quiet.stderr, "");
 }
+
+#[test]
+fn every_kernel_that_is_present_is_timed_and_each_problem_has_its_pick() {
+    let place = Place::new();
+    let words = ["kernels", "--time", "--shape", "48x64", "--rows", "5", "-t", "2", "--json"];
+    let value = place.run(&words).json();
+    fields(&value, &["limits.read_bytes_per_second", "limits.int8_multiply_adds_per_second"]);
+    let rows = value["kernels"].as_array().unwrap();
+    for row in rows {
+        let timed = row["gigabytes_per_second"].as_f64();
+        assert_eq!(timed.is_some_and(|speed| speed > 0.0), row["present"] == true, "{row}");
+    }
+    // A weight and a kind of activations have one kernel for single rows and one for many.
+    let mut problems: Vec<String> = rows.iter().map(|r| format!("{} {}", r["weight"], r["activations"])).collect();
+    problems.sort();
+    problems.dedup();
+    let picked = rows.iter().filter(|row| row["picked"] == true).count();
+    assert_eq!(picked, 2 * problems.len());
+}

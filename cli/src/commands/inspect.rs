@@ -10,7 +10,9 @@ use nibble_quant::format::gguf::{GgufSource, metadata};
 use nibble_quant::format::native::NativeSource;
 use nibble_quant::format::safetensors::SafetensorsSource;
 use nibble_quant::format::{self, Stored, TensorInfo};
+use nibble_quant::manifest::{MANIFEST, Manifest};
 use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 use std::path::Path;
 
 /// Longest list or text of metadata that is shown whole.
@@ -62,6 +64,7 @@ impl Run for Inspect {
         let all = Sums::of(infos.iter());
         let linears = Sums::of(infos.iter().filter(|info| is_linear(&info.name, &info.shape)));
         let metadata = metadata(format.name, &path)?;
+        let schemes = schemes(&path)?;
         if session.json {
             return output::json(&json!({
                 "path": path,
@@ -72,7 +75,7 @@ impl Run for Inspect {
                 "bits_per_weight_file": all.bits(),
                 "config": config(&path)?,
                 "metadata": metadata,
-                "tensors": infos.iter().map(tensor_json).collect::<Result<Vec<_>>>()?,
+                "tensors": infos.iter().map(|info| tensor_json(info, &schemes)).collect::<Result<Vec<_>>>()?,
             }));
         }
         output::say(&format!("{}: {} ({})", path.display(), format.name, format.about))?;
@@ -90,7 +93,7 @@ impl Run for Inspect {
             )?;
         }
         output::say("")?;
-        output::say(&if self.tensors { tensor_table(infos) } else { class_table(infos) }.render())?;
+        output::say(&if self.tensors { tensor_table(infos, &schemes) } else { class_table(infos, &schemes) }.render())?;
         if self.metadata {
             output::say("")?;
             for (key, value) in &metadata {
@@ -101,24 +104,42 @@ impl Run for Inspect {
     }
 }
 
-fn tensor_json(info: &TensorInfo) -> Result<Value> {
+/// Names of schemes by tensor, where a manifest tells them.
+type Schemes = HashMap<String, String>;
+
+fn schemes(path: &Path) -> Result<Schemes> {
+    if !path.join(MANIFEST).is_file() {
+        return Ok(Schemes::new());
+    }
+    Ok(Manifest::read(path)?.tensors.into_iter().map(|tensor| (tensor.name, tensor.stored)).collect())
+}
+
+/// How a tensor is stored, in words: the element type, or the scheme that its codes are in.
+fn stored(info: &TensorInfo, schemes: &Schemes) -> String {
+    match (&info.stored, schemes.get(&info.name)) {
+        (Stored::Quantized(_), Some(scheme)) => scheme.clone(),
+        (stored, _) => stored.name(),
+    }
+}
+
+fn tensor_json(info: &TensorInfo, schemes: &Schemes) -> Result<Value> {
     let spec = match &info.stored {
         Stored::Quantized(spec) => serde_json::to_value(spec)?,
         _ => Value::Null,
     };
     Ok(json!({
-        "name": info.name, "shape": info.shape, "stored": info.stored.name(), "spec": spec, "bytes": info.bytes,
+        "name": info.name, "shape": info.shape, "stored": stored(info, schemes), "spec": spec, "bytes": info.bytes,
         "bits_per_weight": bits_per_weight(info.bytes as u64, info.elements() as u64),
     }))
 }
 
-fn tensor_table(infos: &[TensorInfo]) -> Table {
+fn tensor_table(infos: &[TensorInfo], schemes: &Schemes) -> Table {
     let mut table = Table::new(&["tensor", "shape", "stored", "bytes", "bits/weight"]);
     for info in infos {
         table.row(vec![
             info.name.clone(),
             output::shape(&info.shape),
-            info.stored.name(),
+            stored(info, schemes),
             output::bytes(info.bytes as u64),
             format!("{:.3}", bits_per_weight(info.bytes as u64, info.elements() as u64)),
         ]);
@@ -127,8 +148,8 @@ fn tensor_table(infos: &[TensorInfo]) -> Table {
 }
 
 /// One row for all tensors that are for the same, of the same shape and stored alike.
-fn class_table(infos: &[TensorInfo]) -> Table {
-    let groups = group(infos, |info| (class(&info.name), output::shape(&info.shape), info.stored.name()));
+fn class_table(infos: &[TensorInfo], schemes: &Schemes) -> Table {
+    let groups = group(infos, |info| (class(&info.name), output::shape(&info.shape), stored(info, schemes)));
     let mut table = Table::new(&["class", "tensors", "shape", "stored", "bytes", "bits/weight"]);
     for ((class, shape, stored), members) in groups {
         let sums = Sums::of(members.into_iter());

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 /// Values that share a scale in the weights that are timed.
 const GROUP: usize = 32;
 /// How long a kernel is timed.
-const TIME: Duration = Duration::from_millis(300);
+const TIME: Duration = Duration::from_millis(200);
 
 /// List the fused matrix products: which this CPU has, which are picked, and with --time what they reach
 #[derive(Debug, clap::Args)]
@@ -197,7 +197,7 @@ fn random_weight(kind: WeightKind, n: usize, k: usize) -> Result<PackedWeight> {
         let source = WeightSource { n, k, group: GROUP, levels, codes: &codes, scales, zeros, outliers: None };
         Ok(PackedWeight::pack(&source)?)
     };
-    let ascending: [i8; 16] = std::array::from_fn(|i| i as i8 * 16 - 120);
+    let ascending: [i8; 16] = std::array::from_fn(|i| (i as i16 * 16 - 120) as i8);
     Ok(match kind {
         WeightKind::W4Lin => coded(Levels::Linear4, 8)?,
         WeightKind::W4Tab => coded(Levels::Table4(ascending), 0)?,
