@@ -12,6 +12,7 @@ pub mod format;
 pub mod manifest;
 mod names;
 pub mod nf4;
+pub mod onnx;
 mod pack;
 pub mod presets;
 pub mod qtensor;
