@@ -32,16 +32,30 @@ fn cases() -> Vec<(&'static str, SynthPlan)> {
         "attention_bias": false, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6});
     vec![
         ("llama 2: as many key heads as query heads", case("llama", |p| p.kv_heads = 4, json!({}))),
-        ("smollm2: odd widths, tied", case("llama", |p| {
-            p.hidden_size = 72;
-            p.heads = 9;
-            p.kv_heads = 3;
-        }, json!({}))),
+        (
+            "smollm2: odd widths, tied",
+            case(
+                "llama",
+                |p| {
+                    p.hidden_size = 72;
+                    p.heads = 9;
+                    p.kv_heads = 3;
+                },
+                json!({}),
+            ),
+        ),
         ("llama 3: rope scaling, own head", case("llama", |p| p.tie_embeddings = false, llama3)),
-        ("mistral: explicit head width", case("mistral", |p| {
-            p.head_dim = Some(32);
-            p.tie_embeddings = false;
-        }, json!({"sliding_window": null}))),
+        (
+            "mistral: explicit head width",
+            case(
+                "mistral",
+                |p| {
+                    p.head_dim = Some(32);
+                    p.tie_embeddings = false;
+                },
+                json!({"sliding_window": null}),
+            ),
+        ),
         ("mistral: sliding window", case("mistral", |p| p.tie_embeddings = false, json!({"sliding_window": 7}))),
         ("qwen2: biases on q, k, v", case("qwen2", |_| (), qwen.clone())),
         ("qwen3: norms on q and k", case("qwen3", |p| p.head_dim = Some(32), qwen)),

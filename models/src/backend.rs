@@ -25,7 +25,7 @@ pub struct Segment {
 #[derive(Debug)]
 pub enum Matrix<'a> {
     /// Codes and scales.
-    Quantized(QTensor),
+    Quantized(Box<QTensor>),
     /// Floats as a checkpoint stores them.
     Dense(DenseMatrix<'a>),
 }

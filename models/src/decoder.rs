@@ -409,7 +409,7 @@ impl<B: Backend> Decoder<B> {
         width: usize,
     ) -> Result<()> {
         if let Some(tap) = tap {
-            tap.linear_input(layer, site, &*self.backend.read(buffer, 0..rows)?, width);
+            tap.linear_input(layer, site, &self.backend.read(buffer, 0..rows)?, width);
         }
         Ok(())
     }

@@ -26,7 +26,7 @@ impl<'a> Weights<'a> {
         let info = self.source.info(name)?;
         check_shape(self.source, info, &[n, k])?;
         if let Some(tensor) = self.source.quantized(name)? {
-            return Ok(Matrix::Quantized(tensor));
+            return Ok(Matrix::Quantized(Box::new(tensor)));
         }
         let (dtype, bytes) = match &info.stored {
             Stored::Plain(Dtype::F32) => (FloatFormat::F32, Cow::Borrowed(self.source.bytes(name)?)),

@@ -44,8 +44,7 @@ impl QTensor {
         let size = self.spec.group_size(k);
         // A group that is a whole row needs no multiple of 32.
         let group = if size >= k { k.max(1).next_multiple_of(BLOCK) } else { size };
-        let source =
-            WeightSource { n, k, group, levels, codes: &self.codes, scales: scales.scales(), zeros, outliers };
+        let source = WeightSource { n, k, group, levels, codes: &self.codes, scales: scales.scales(), zeros, outliers };
         Ok(PackedWeight::pack(&source)?)
     }
 

@@ -14,7 +14,9 @@ fn run(stops: &[&str], parts: &[&str]) -> (String, Option<String>) {
 
 #[test]
 fn output_ends_before_the_stop_string_wherever_borders_fall() {
-    let cases: [(&[&str], &[&str], &str, Option<&str>); 9] = [
+    /// Stop strings, parts of the text, what is shown, the stop string found.
+    type Case = (&'static [&'static str], &'static [&'static str], &'static str, Option<&'static str>);
+    let cases: [Case; 9] = [
         (&["\n\nUser:"], &["Hi", ".\n", "\nUs", "er: more"], "Hi.", Some("\n\nUser:")),
         (&["\n\nUser:"], &["Hi.\n", "\nUs", "age"], "Hi.\n\nUsage", None),
         (&["</s>"], &["a<", "/", "s", "x</s", ">y"], "a</sx", Some("</s>")),

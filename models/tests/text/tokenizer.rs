@@ -316,7 +316,9 @@ fn a_vocabulary_that_contradicts_itself_is_refused_by_key() {
         f(&mut vocab);
         vocab.to_files()
     };
-    let cases: [(&str, &str, &dyn Fn(&mut GgufVocab)); 13] = [
+    /// The field, what the error says of it, the damage.
+    type Case<'a> = (&'a str, &'a str, &'a dyn Fn(&mut GgufVocab));
+    let cases: [Case; 13] = [
         ("model", "wpm", &|v| v.model = "wpm".into()),
         ("pre", "nonesuch", &|v| v.pre = Some("nonesuch".into())),
         ("tokens", "missing", &|v| v.tokens.clear()),
