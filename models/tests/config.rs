@@ -14,8 +14,8 @@ fn model(model_type: &str, changes: Value) -> Value {
         "sliding_window": null, "an_unknown_field": {"is": "ignored"},
     });
     for (name, change) in changes.as_object().unwrap() {
-        if name.starts_with('-') {
-            value.as_object_mut().unwrap().remove(&name[1..]);
+        if let Some(name) = name.strip_prefix('-') {
+            value.as_object_mut().unwrap().remove(name);
         } else {
             value[name] = change.clone();
         }
