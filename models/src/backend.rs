@@ -126,7 +126,7 @@ pub trait Backend: Send + Sync {
     /// Bytes that a weight occupies on the device.
     fn weight_bytes(&self, weight: &Self::Weight) -> usize;
 
-    /// out[i] = scale * row `tokens[i]` of the table.
+    /// Row i of `out` = scale * row `tokens[i]` of the table.
     fn embed(&self, table: &Self::Weight, tokens: &[u32], scale: f32, out: &mut Self::Buffer) -> Result<()>;
     /// out = x / rms(x) * gain, row by row.
     fn rms_norm(
@@ -179,7 +179,7 @@ pub trait Backend: Send + Sync {
     fn softcap(&self, x: &mut Self::Buffer, cap: f32, rows: usize) -> Result<()>;
     /// x *= factor.
     fn scale(&self, x: &mut Self::Buffer, factor: f32, rows: usize) -> Result<()>;
-    /// out[i] = x[rows[i]].
+    /// `out[i] = x[rows[i]]`.
     fn select_rows(&self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
     /// The rows' values as the host sees them, row-major; a copy where the device's memory is not the host's.
     fn read<'a>(&self, x: &'a Self::Buffer, rows: Range<usize>) -> Result<std::borrow::Cow<'a, [f32]>>;

@@ -1,6 +1,6 @@
 //! From one checkpoint to another, a block of rows at a time.
 //!
-//! [`plan`] decides everything and touches no value: which tensors become what, at what size, in how much memory.
+//! [`plan()`] decides everything and touches no value: which tensors become what, at what size, in how much memory.
 //! [`quantize`] and [`import_gguf`] then read, convert and write in parallel; where each byte goes was settled by the
 //! plan, so the output is the same for any number of threads, and a run that was killed can be taken up again.
 

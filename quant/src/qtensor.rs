@@ -40,7 +40,7 @@ pub enum ScaleData {
         /// (n, spans) floats, exactly representable in the spec's second format.
         second: Vec<f32>,
     },
-    /// number = map[code] * absmax[index / blocks] + offset.
+    /// number = `map[code] * absmax[index / blocks] + offset`.
     Dynamic {
         /// (n * groups) indices into the dynamic map.
         codes: Vec<u8>,
