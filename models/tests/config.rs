@@ -276,7 +276,7 @@ fn llama3_scaling_keeps_fast_pairs_divides_slow_ones_and_blends_between() {
 fn yarn_scaling_is_that_of_transformers() {
     let yarn =
         rope(json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}), 32).frequencies();
-    let golden: Vec<f64> = serde_json::from_str(include_str!("golden/yarn_inv_freq.json")).unwrap();
+    let golden: Vec<f64> = serde_json::from_str(include_str!("../../tests/goldens/yarn_inv_freq.json")).unwrap();
     assert_eq!(yarn.inv_freq.len(), golden.len());
     for (found, wanted) in yarn.inv_freq.iter().zip(golden) {
         assert!(

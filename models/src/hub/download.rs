@@ -88,9 +88,9 @@ impl Transfer<'_> {
         let mut state = self.hash_part(&mut file, &part, expected)?;
         progress(HubEvent::Start { file: self.name, bytes: expected.bytes, done: state.done });
         let mut first = Some(first).filter(|_| state.done == 0);
-        let mut failures = 0;
+        // A server that makes the transfer begin anew again and again makes no headway.
+        let (mut failures, mut furthest) = (0, state.done);
         while state.done < expected.bytes {
-            let before = state.done;
             let step = match first.take() {
                 Some(body) => Ok(body),
                 None => self.continue_from(&mut state, &mut file, &part, expected)?,
@@ -100,7 +100,8 @@ impl Transfer<'_> {
                 Err(why) => Err(why),
             };
             if let Err(why) = step {
-                failures = if state.done > before { 1 } else { failures + 1 };
+                failures = if state.done > furthest { 1 } else { failures + 1 };
+                furthest = furthest.max(state.done);
                 if failures > MAX_FAILURES {
                     let why = format!("{why}; {} of {} bytes are kept, run again to go on", state.done, expected.bytes);
                     return Err(self.refuse(why));

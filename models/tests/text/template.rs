@@ -18,7 +18,7 @@ fn render(source: &str) -> Result<String, ModelError> {
 
 #[test]
 fn prompts_are_those_of_transformers() {
-    let golden: Value = serde_json::from_str(include_str!("../golden/chat_templates.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../../tests/goldens/chat_templates.json")).unwrap();
     let cases = golden["cases"].as_array().unwrap();
     assert!(cases.len() > 12);
     for (index, case) in cases.iter().enumerate() {
@@ -94,7 +94,7 @@ fn a_hostile_template_ends() {
 
 #[test]
 fn a_long_conversation_is_within_the_limits() {
-    let golden: Value = serde_json::from_str(include_str!("../golden/chat_templates.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../../tests/goldens/chat_templates.json")).unwrap();
     let messages: Vec<Message> = (0..1000)
         .map(|i| Message::new(if i % 2 == 0 { "user" } else { "assistant" }, "words and words. ".repeat(100)))
         .collect();
