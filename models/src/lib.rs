@@ -21,7 +21,7 @@ pub mod weights;
 
 pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, RopeFrequencies, RopeScaling};
 pub use error::{ModelError, Result};
-pub use family::{FAMILIES, Family, WeightNames};
+pub use family::{FAMILIES, Family};
 pub use hub::{HubEvent, HubOptions};
 pub use model::{Model, ModelOptions};
 pub use sample::{SampleSettings, Sampler, argmax};
