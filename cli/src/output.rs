@@ -138,6 +138,13 @@ pub fn count(n: u64) -> String {
     }
 }
 
+/// Leaves the terminal as it should be when the process ends without unwinding: cursor shown, on a line of its own.
+pub fn restore_terminal() {
+    if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
+        remark("\x1b[?25h");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -176,13 +176,6 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// Leaves the terminal as it should be when the process ends without unwinding: cursor shown, on a line of its own.
-pub fn restore_terminal() {
-    if std::io::stderr().is_terminal() {
-        output::remark("\x1b[?25h");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -35,7 +35,7 @@ impl Session {
         nibble_kernels::Isa::check_environment()?;
         ctrlc::set_handler(|| {
             if STOP.swap(true, Ordering::SeqCst) {
-                crate::progress::restore_terminal();
+                crate::output::restore_terminal();
                 std::process::exit(STOPPED.into());
             }
         })
