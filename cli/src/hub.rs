@@ -29,7 +29,7 @@ pub fn checkpoint(session: &Session, name: &str) -> Result<PathBuf> {
         }
         if session.stopped() {
             // A transfer can be ended anywhere: the next one goes on from the bytes that are there.
-            crate::progress::restore_terminal();
+            crate::output::restore_terminal();
             std::process::exit(STOPPED.into());
         }
     };
