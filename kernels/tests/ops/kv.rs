@@ -33,6 +33,7 @@ fn a_cache_fills_to_its_capacity_and_refuses_more() {
 #[test]
 fn its_bytes_are_those_of_its_numbers() {
     // 3 heads, 72 values (keys) and 80 (values, padded to vectors), 1008 positions (1000, padded).
+    assert_eq!(KvCache::new(KvKind::F32, 3, 72, 1000).bytes(), 4 * 3 * (72 + 80) * 1008);
     assert_eq!(KvCache::new(KvKind::F16, 3, 72, 1000).bytes(), 2 * 3 * (72 + 80) * 1008);
     assert_eq!(KvCache::new(KvKind::Int8, 3, 72, 1000).bytes(), 3 * (72 + 80 + 2 * 4) * 1008);
 }
