@@ -3,4 +3,5 @@
 
 mod architecture;
 mod assets;
+mod bridge;
 mod tokens;

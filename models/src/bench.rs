@@ -101,9 +101,9 @@ pub fn run<B: Backend>(
                 decoder.last_logits(&mut cx)?;
             }
             Test::Generate { tokens, .. } => {
+                let mut batch: Vec<(usize, &[u32])> = (0..sequences).map(|s| (s, &prompt[..0])).collect();
                 for i in 0..tokens {
-                    let step = [token(i)];
-                    let batch: Vec<(usize, &[u32])> = (0..sequences).map(|s| (s, step.as_slice())).collect();
+                    batch.iter_mut().for_each(|(_, step)| *step = &prompt[i..=i]);
                     decoder.forward(&mut cx, &batch, None)?;
                     decoder.logits(&mut cx, &rows)?;
                 }

@@ -90,7 +90,9 @@ pub fn generate<B: Backend>(
     if prompt.is_empty() {
         return Err(ModelError::Context { why: "the prompt has no tokens".to_string() });
     }
-    let mut sampler = Sampler::new(options.sample.clone(), decoder.config().vocab_size)?;
+    // Embeddings are often padded past the tokenizer's ids: those rows mean nothing and are never chosen.
+    let vocabulary = tokenizer.vocab_size().min(decoder.config().vocab_size);
+    let mut sampler = Sampler::new(options.sample.clone(), vocabulary)?;
     let mut stops = StopStrings::new(options.stop.iter().cloned())?;
     let mut stream = tokenizer.stream(true, false);
     prompt.iter().for_each(|token| sampler.accept(*token));
@@ -107,7 +109,7 @@ pub fn generate<B: Backend>(
     };
     let mut first = None;
     while answer.tokens.len() < options.max_tokens {
-        let token = sampler.sample(&decoder.last_logits(cx)?)?;
+        let token = sampler.sample(&decoder.last_logits(cx)?[..vocabulary])?;
         let now = *first.get_or_insert_with(Instant::now);
         if answer.tokens.is_empty() {
             answer.prompt_seconds = (now - start).as_secs_f64();

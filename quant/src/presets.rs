@@ -108,7 +108,7 @@ pub static PRESETS: &[Preset] = &[
     preset("int8-channel", int(8), Channel, Symmetric, F16, "W8A8's weights: one scale a row"),
     preset("int8-channel-asym", int(8), Channel, Int, F16, "one scale and zero point a row"),
     preset("int8-tensor", int(8), Tensor, Symmetric, F32, "one scale a tensor"),
-    preset("nf4-g64", NF4, Group(64), Symmetric, F32, "QLoRA's 4-bit, bit for bit as bitsandbytes").by("rtn"),
+    preset("nf4-g64", NF4, Group(64), Symmetric, F32, "QLoRA's 4-bit levels, one f32 scale for 64 values").by("rtn"),
     preset("nf4-dq", NF4, Group(64), Symmetric, QLORA, "QLoRA's 4-bit with double quantization, 64/256").by("rtn"),
     preset("int2-g32-dq", int(2), Group(32), Min, DQ, "4 levels with a minimum"),
     preset("int3-g32-dq", int(3), Group(32), FullRange, DQ, "8 levels"),

@@ -147,3 +147,12 @@ fn a_reader_that_goes_away_is_no_failure() {
         assert!(!ended.stderr.contains("panicked") && !ended.stderr.contains("error"), "{words:?}: {}", ended.stderr);
     }
 }
+
+#[test]
+fn rows_that_pad_the_embedding_are_never_chosen() {
+    let place = Place::new();
+    place.run(&["synth", "-o", "padded", "--vocab", "4096"]).ok();
+    crate::support::write_tokenizer(&place.path("padded"));
+    let words = ["generate", "padded", "-p", "hello", "-n", "32", "--ignore-eos", "--temperature", "5", "--json"];
+    assert_eq!(place.run(&words).json()["completion_tokens"], 32);
+}
