@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! values   (m, stride) f32, stride = k rounded up to 32, zeros from k on
-//! record   one a row: codes (blocks, 32) i8 | scales (blocks) f32 | sums (blocks) f32 | scaled sums (blocks) f32
-//!          value ~ scale * code;  sum = sum(codes) of the block, exact in f32;  scaled sum = scale * sum
+//! coded    (ceil(m / tile), blocks, tile) records of 48 bytes: 32 codes, value ~ scale * code, and what products need
+//!          besides; `tile` rows are what a kernel multiplies at a time, rows past m have zeros
 //! ```
 //! Rounding is half to even in every instruction set, so codes are the same bits on every machine.
 
 use crate::buffer::Buffer;
 use crate::simd::{self, LANES, Simd, SimdOp};
 use crate::{BLOCK, Isa, KernelError, Pool};
+use bytemuck::{Pod, Zeroable};
 
 /// In which numbers activations meet a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,8 +40,30 @@ impl ActKind {
     }
 }
 
-/// 32 activation codes as the 8 quads that meet 16 rows each.
-pub(crate) type CodeBlock = [[i8; 4]; BLOCK / 4];
+/// 32 values of a row in codes.
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct CodedBlock {
+    /// The codes in quads: each quad meets 16 weight rows at once.
+    pub quads: [[i8; 4]; BLOCK / 4],
+    /// value ~ scale * code
+    pub scale: f32,
+    /// What zero points are multiplied with: sums of the codes at places 0 and 1, and at places 2 and 3, of all quads.
+    pub pair: [i16; 2],
+    /// The same of the first four quads and of the last four.
+    pub half_pairs: [[i16; 2]; 2],
+}
+
+impl CodedBlock {
+    /// scale * sum of the codes: what a minimum is multiplied with.
+    #[inline(always)]
+    pub(crate) fn scaled_sum(&self) -> f32 {
+        self.scale * f32::from(self.pair[0].wrapping_add(self.pair[1]))
+    }
+}
+
+/// Most rows that a kernel multiplies at a time.
+const MOST_ROWS: usize = 8;
 
 /// Blocks with no magnitude above this count as zero: the reciprocal of their scale might overflow.
 const TINY: f32 = f32::from_bits((127 - 120) << 23);
@@ -54,19 +77,11 @@ pub struct Activations {
     values: Buffer<f32>,
     /// (m, blocks) sums of values.
     sums: Buffer<f32>,
-    /// (m, record) rows in codes.
-    records: Buffer<f32>,
+    /// (tiles, blocks, coded) values in codes.
+    records: Buffer<CodedBlock>,
     summed: bool,
-    coded: bool,
-}
-
-/// One row in codes.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct CodedRow<'a> {
-    pub(crate) codes: &'a [CodeBlock],
-    pub(crate) scales: &'a [f32],
-    pub(crate) sums: &'a [f32],
-    pub(crate) scaled_sums: &'a [f32],
+    /// Rows of a tile in `records`, 0 if it isn't up to date.
+    coded: usize,
 }
 
 impl Activations {
@@ -79,11 +94,11 @@ impl Activations {
             sums: Buffer::zeroed(0),
             records: Buffer::zeroed(0),
             summed: false,
-            coded: false,
+            coded: 0,
         };
         x.reshape(m, k);
         x.sums.resize(m * x.blocks());
-        x.records.resize(m * x.record());
+        x.records.resize(m.next_multiple_of(MOST_ROWS) * x.blocks());
         x.reshape(0, k);
         x
     }
@@ -107,7 +122,7 @@ impl Activations {
     pub fn reshape(&mut self, m: usize, k: usize) {
         (self.m, self.k) = (m, k);
         self.values.resize(m * self.stride());
-        (self.summed, self.coded) = (false, false);
+        (self.summed, self.coded) = (false, 0);
     }
 
     /// Takes `m` rows of `k` values from (m, k) row-major `rows`.
@@ -138,7 +153,7 @@ impl Activations {
     /// If there is no such row.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.m, "row {row} of {} activation rows", self.m);
-        (self.summed, self.coded) = (false, false);
+        (self.summed, self.coded) = (false, 0);
         let (at, k) = (row * self.stride(), self.k);
         &mut self.values[at..][..k]
     }
@@ -153,13 +168,13 @@ impl Activations {
         if m < self.m {
             self.m = m;
             self.values.resize(m * self.stride());
-            (self.summed, self.coded) = (false, false);
+            (self.summed, self.coded) = (false, 0);
         }
     }
 
     /// All rows to write to, (m, stride) row-major: only the first k values of each row count.
     pub fn values_mut(&mut self) -> &mut [f32] {
-        (self.summed, self.coded) = (false, false);
+        (self.summed, self.coded) = (false, 0);
         &mut self.values
     }
 
@@ -168,19 +183,20 @@ impl Activations {
         self.values.bytes() + self.sums.bytes() + self.records.bytes()
     }
 
-    /// The codes of row `row`, as the last product in [`ActKind::I8`] used them: (blocks, 32) codes and a scale a
-    /// block; none if the row was written since.
-    pub fn codes(&self, row: usize) -> Option<(&[i8], &[f32])> {
-        (self.coded && row < self.m).then(|| {
-            let coded = self.coded_row(row);
-            (coded.codes.as_flattened().as_flattened(), coded.scales)
+    /// Row `row` in codes, block after block, as the last product in [`ActKind::I8`] used it; none if the row was
+    /// written since.
+    pub fn codes(&self, row: usize) -> Option<impl Iterator<Item = &CodedBlock>> {
+        (self.coded > 0 && row < self.m).then(|| {
+            let tile = &self.records[row / self.coded * self.coded * self.blocks()..];
+            tile[row % self.coded..].iter().step_by(self.coded).take(self.blocks())
         })
     }
 
-    /// Makes what kernels of this kind read, unless it is there already; rows in parallel.
-    pub fn prepare(&mut self, pool: &Pool, act: ActKind) {
-        let (stride, k, blocks, record) = (self.stride(), self.k, self.blocks(), self.record());
-        if (act == ActKind::F32 && self.summed) || (act == ActKind::I8 && self.coded) {
+    /// Makes what kernels of this kind that multiply `tile` rows at a time read, unless it is there already; rows in
+    /// parallel.
+    pub fn prepare(&mut self, pool: &Pool, act: ActKind, tile: usize) {
+        let (stride, k, blocks) = (self.stride(), self.k, self.blocks());
+        if (act == ActKind::F32 && self.summed) || (act == ActKind::I8 && self.coded == tile) {
             return;
         }
         if stride > k {
@@ -203,25 +219,25 @@ impl Activations {
                 self.summed = true;
             }
             ActKind::I8 => {
-                self.records.resize(self.m * record);
-                let encode = |at: usize, record: &mut [f32]| simd::dispatch(isa, Encode { values: row(at), record });
-                if self.m == 1 {
-                    encode(0, &mut self.records);
-                } else {
-                    pool.for_each_part(&mut self.records, record, encode);
-                }
-                self.coded = true;
+                let (m, part) = (self.m, tile * blocks);
+                self.records.resize(m.next_multiple_of(tile) * blocks);
+                pool.for_each_part(&mut self.records, part, |index, coded| {
+                    for at in 0..tile {
+                        match index * tile + at < m {
+                            true => {
+                                simd::dispatch(isa, Encode { values: row(index * tile + at), coded, at, tile });
+                            }
+                            false => coded[at..].iter_mut().step_by(tile).for_each(|c| *c = CodedBlock::zeroed()),
+                        }
+                    }
+                });
+                self.coded = tile;
             }
         }
     }
 
     pub(crate) fn blocks(&self) -> usize {
         self.k.div_ceil(BLOCK)
-    }
-
-    /// Length of a row's record in words: codes are a quarter of a word each.
-    fn record(&self) -> usize {
-        self.blocks() * (BLOCK / 4 + 3)
     }
 
     /// Row `row` with its padding, as blocks.
@@ -236,15 +252,14 @@ impl Activations {
         &self.sums[row * self.blocks()..][..self.blocks()]
     }
 
-    /// Row `row` in codes.
+    /// The rows from `row` on, a multiple of `MR`, block by block.
+    ///
+    /// # Panics
+    /// If they weren't prepared for this many.
     #[inline(always)]
-    pub(crate) fn coded_row(&self, row: usize) -> CodedRow<'_> {
-        let blocks = self.blocks();
-        let record = &self.records[row * self.record()..][..self.record()];
-        let (codes, numbers) = record.split_at(blocks * BLOCK / 4);
-        let (scales, sums) = numbers.split_at(blocks);
-        let (sums, scaled_sums) = sums.split_at(blocks);
-        CodedRow { codes: bytemuck::cast_slice(codes), scales, sums, scaled_sums }
+    pub(crate) fn coded_tile<const MR: usize>(&self, row: usize) -> &[[CodedBlock; MR]] {
+        assert_eq!(self.coded, MR, "rows of a tile of activations");
+        &self.records.as_chunks().0[row / MR * self.blocks()..][..self.blocks()]
     }
 }
 
@@ -266,10 +281,12 @@ impl SimdOp for SumBlocks<'_> {
     }
 }
 
-/// Codes, scales and sums of one row.
+/// One row in codes, row `at` of a tile.
 struct Encode<'a> {
     values: &'a [f32],
-    record: &'a mut [f32],
+    coded: &'a mut [CodedBlock], // (blocks, tile)
+    at: usize,
+    tile: usize,
 }
 
 impl SimdOp for Encode<'_> {
@@ -277,14 +294,12 @@ impl SimdOp for Encode<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let blocks = self.values.len() / BLOCK;
-        let (codes, numbers) = self.record.split_at_mut(blocks * BLOCK / 4);
-        let (scales, sums) = numbers.split_at_mut(blocks);
-        let (sums, scaled_sums) = sums.split_at_mut(blocks);
-        let codes: &mut [[i8; BLOCK]] = bytemuck::cast_slice_mut(codes);
+        let Encode { values, coded, at, tile } = self;
         let zero = s.splat(0.0);
+        let first_two = s.load_i32(&FIRST_TWO);
         let mut poison = zero;
-        for (b, block) in self.values.as_chunks::<BLOCK>().0.iter().enumerate() {
+        for (block, coded) in values.as_chunks::<BLOCK>().0.iter().zip(coded.chunks_exact_mut(tile)) {
+            let coded = &mut coded[at];
             let [low, high] = halves(block);
             let (low, high) = (s.load(low), s.load(high));
             poison = s.fma(low, zero, s.fma(high, zero, poison));
@@ -292,21 +307,29 @@ impl SimdOp for Encode<'_> {
             let (scale, inverse) = if most < TINY { (0.0, 0.0) } else { (most / 127.0, 127.0 / most) };
             let inverse = s.splat(inverse);
             let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
-            let (to_low, to_high) = codes[b].split_at_mut(LANES);
+            let (to_low, to_high) = coded.quads.as_flattened_mut().split_at_mut(LANES);
             if let (Some(to_low), Some(to_high)) = (to_low.first_chunk_mut(), to_high.first_chunk_mut()) {
                 s.store_i8(low, to_low);
                 s.store_i8(high, to_high);
             }
-            let sum = s.sum_i32(s.add_i32(low, high)) as f32;
-            (scales[b], sums[b], scaled_sums[b]) = (scale, sum, scale * sum);
+            for (half, codes) in [low, high].into_iter().enumerate() {
+                let (sum, pair) = (s.sum_i32(codes), s.sum_i32(s.and_i32(codes, first_two)));
+                // Codes of values that aren't finite may be anything.
+                coded.half_pairs[half] = [pair as i16, sum.wrapping_sub(pair) as i16];
+            }
+            let [first, last] = coded.half_pairs;
+            coded.pair = [first[0].wrapping_add(last[0]), first[1].wrapping_add(last[1])];
+            coded.scale = scale;
         }
         // A NaN or an infinity anywhere makes every output of its row NaN, as it does in single precision.
         if s.sum(poison).is_nan() {
-            scales.fill(f32::NAN);
-            scaled_sums.fill(f32::NAN);
+            coded[at..].iter_mut().step_by(tile).for_each(|coded| coded.scale = f32::NAN);
         }
     }
 }
+
+/// The lanes at places 0 and 1 of a quad.
+static FIRST_TWO: [i32; LANES] = [-1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0];
 
 /// The two vectors of a block.
 #[inline(always)]

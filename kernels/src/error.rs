@@ -55,7 +55,7 @@ pub enum KernelError {
         end: u32,
     },
     /// A zero point too large for exact arithmetic.
-    #[error("zero point {found}; kernels take -255..=255")]
+    #[error("zero point {found}; kernels take 0..=16 of linear 4-bit codes, -255..=255 of others")]
     Zero {
         /// The zero point found.
         found: i32,

@@ -15,6 +15,7 @@
 mod dense;
 mod float;
 mod int;
+mod scratch;
 mod table;
 mod tile;
 
@@ -105,7 +106,7 @@ fn multiply_by(
         let mut jobs = [const { None }; REGION];
         for (job, product) in jobs.iter_mut().zip(region) {
             let kernel = choose(product.weight, m)?;
-            x.prepare(pool, kernel.act);
+            x.prepare(pool, kernel.act, kernel.rows);
             let output = Output::new(product.out, product.weight.n(), product.accumulate);
             *job = Some(Job { kernel, weight: product.weight, bias: product.bias, output });
         }

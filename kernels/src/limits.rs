@@ -95,7 +95,8 @@ impl SimdOp for Multiply {
         let chains = if matches!(S::ISA, Isa::Avx512) { CHAINS } else { CHAINS / 2 };
         let (codes, x) = (black_box([3; BYTES]), black_box([[5i8; 4]; 4 * CHAINS]));
         let codes = s.load_bytes(&codes);
-        let mut sums = [s.nibble_zero(); CHAINS];
+        let zero = s.splat_i32(0);
+        let mut sums = [s.start_nibbles(zero, zero); CHAINS];
         for step in 0..PRODUCTS / chains {
             let x = &x[step % 4 * CHAINS..][..CHAINS];
             for chain in 0..chains {

@@ -206,13 +206,23 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Each 4 bytes as one integer, little endian.
     fn words(self, v: Self::Bytes) -> Self::I32;
 
-    /// No products yet.
-    fn nibble_zero(self) -> Self::NibbleSum;
+    /// `factor * (low + high)` where every lane of both arguments is a pair of 16-bit integers and both halves of a
+    /// factor are the same: what a zero point takes from a block, before its products.
+    ///
+    /// Together with 8 calls of [`Simd::dot_nibbles`] it is exact if `|code + factor| <= 16`.
+    fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum;
     /// Adds the products of codes 0..=15 and signed bytes in -127..=127, 4 to a lane. Exact for up to 8 calls, which
     /// is one block; then [`Simd::nibble_total`] takes the sum.
     fn dot_nibbles(self, sum: Self::NibbleSum, codes: Self::Bytes, x: Self::Bytes) -> Self::NibbleSum;
     /// The dot products of a block.
     fn nibble_total(self, sum: Self::NibbleSum) -> Self::I32;
+    /// The same sum, which the compiler takes for another: it neither reorders products across this point nor moves
+    /// later ones before it, so that the sums of a tile stay in registers.
+    fn pin_nibbles(self, sum: Self::NibbleSum) -> Self::NibbleSum;
+    /// [`Simd::start_nibbles`] for [`Simd::dot_levels`]: exact for all 16-bit factors and pairs.
+    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32;
+    /// [`Simd::pin_nibbles`] for [`Simd::dot_levels`].
+    fn pin_levels(self, sum: Self::I32) -> Self::I32;
     /// Signed levels -128..=127 in the form that dot products want; made once, used for many rows.
     fn levels(self, v: Self::Bytes) -> Self::Levels;
     /// Adds `(level + LEVEL_BIAS) * x` for signed bytes x in -127..=127, 4 to a lane; exact.

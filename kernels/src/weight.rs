@@ -72,9 +72,10 @@ pub enum Scales<'a> {
 /// What is subtracted from a level (a zero point), or added after scaling (a minimum).
 #[derive(Debug, Clone, Copy)]
 pub enum Zeros<'a> {
-    /// The same zero point everywhere, -255..=255: 8 for symmetric int4, 128 for symmetric int8, 0 for tables.
+    /// The same zero point everywhere: 8 for symmetric int4, 128 for symmetric int8, 0 for tables. 0..=16 for
+    /// [`Levels::Linear4`], -255..=255 otherwise.
     Const(i32),
-    /// An integer zero point a group, (n, groups).
+    /// An integer zero point a group, (n, groups), of the same range.
     Int(&'a [u8]),
     /// A float a group that is added: w = scale * level + min.
     Min(Scales<'a>),

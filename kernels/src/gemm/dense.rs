@@ -73,7 +73,9 @@ impl<T: Stored, const MR: usize> SimdOp for Dense<'_, T, MR> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        walk::<S, MR>(s, self.tile, &self);
+        for panel in self.tile.panels.clone() {
+            walk::<S, MR>(s, panel, self.tile.rows.clone(), &self);
+        }
     }
 }
 

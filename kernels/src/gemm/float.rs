@@ -2,11 +2,13 @@
 //!
 //! `sum += scale[group] * sum_k((level - zero) * x[k]) (+ min[group] * sum_k(x[k]))`, every step fused.
 
-use super::int::{Offsets, prefetch};
+use super::int::prefetch;
+use super::scratch::Scratch;
 use super::tile::{Inner, Tile, walk};
 use crate::BLOCK;
 use crate::simd::{BYTES, Simd, SimdOp};
-use crate::weight::{Body, Grid, Levels, PackedZeros};
+use crate::weight::{Body, Grid, Levels};
+use std::marker::PhantomData;
 
 /// How the codes of one cache line become levels.
 pub(super) trait Decode {
@@ -41,26 +43,40 @@ impl Decode for Linear8 {
 /// The kernel for codes `D`, `MR` rows at a time.
 pub(super) fn run<S: Simd, D: Decode, const MR: usize>(tile: &Tile) {
     if let (Some(s), Body::Grid(grid)) = (S::new(), &tile.weight.body) {
-        s.vectorize(Float::<D, MR> { tile, grid, decode: std::marker::PhantomData });
+        Scratch::with(|scratch| s.vectorize(Run::<D, MR> { tile, grid, scratch, decode: PhantomData }));
     }
 }
 
-struct Float<'a, D, const MR: usize> {
+struct Run<'a, D, const MR: usize> {
     tile: &'a Tile<'a>,
     grid: &'a Grid,
-    decode: std::marker::PhantomData<D>,
+    scratch: &'a mut Scratch,
+    decode: PhantomData<D>,
 }
 
-impl<D: Decode, const MR: usize> SimdOp for Float<'_, D, MR> {
+impl<D: Decode, const MR: usize> SimdOp for Run<'_, D, MR> {
     type Output = ();
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        walk::<S, MR>(s, self.tile, &self);
+        let Run { tile, grid, scratch, .. } = self;
+        for panel in tile.panels.clone() {
+            scratch.fill(s, grid, panel);
+            let float = Float::<D> { tile, grid, scratch: &*scratch, decode: PhantomData };
+            walk::<S, MR>(s, panel, tile.rows.clone(), &float);
+        }
     }
 }
 
-impl<S: Simd, D: Decode, const M: usize> Inner<S> for Float<'_, D, M> {
+/// One panel, ready for its activation rows.
+struct Float<'a, D> {
+    tile: &'a Tile<'a>,
+    grid: &'a Grid,
+    scratch: &'a Scratch,
+    decode: PhantomData<D>,
+}
+
+impl<S: Simd, D: Decode> Inner<S> for Float<'_, D> {
     #[inline(always)]
     fn rows<const MR: usize>(&self, s: S, panel: usize, row: usize) {
         let (tile, grid) = (self.tile, self.grid);
@@ -68,12 +84,7 @@ impl<S: Simd, D: Decode, const M: usize> Inner<S> for Float<'_, D, M> {
         let lines: &[[u8; BYTES]] = &grid.codes.as_chunks().0[panel * blocks * per_block..][..blocks * per_block];
         let table = s.load(&table(&grid.levels));
         let mask = s.splat_i32(if D::WIDTH == 8 { 15 } else { 255 });
-        let mut scales = grid.scales.panel(panel, grid.groups);
-        let mut zeros = Offsets::panel(&grid.zeros, panel, grid.groups);
-        let constant = match grid.zeros {
-            PackedZeros::Const(zero) => s.splat(zero as f32),
-            _ => s.splat(0.0),
-        };
+        let (Scratch { scales, zeros, mins }, among) = (self.scratch, self.scratch.mask());
         let no_values: &[[f32; BLOCK]] = &[];
         let (mut x, mut x_sums) = ([no_values; MR], [&[0.0; 0][..]; MR]);
         for r in 0..MR {
@@ -82,19 +93,15 @@ impl<S: Simd, D: Decode, const M: usize> Inner<S> for Float<'_, D, M> {
         }
 
         let mut sums = [s.splat(0.0); MR];
-        for group in 0..grid.groups {
-            let scale = scales.next(s, group);
-            let zero = match &zeros {
-                Offsets::Int(rows) => s.load_u8(&rows[group]),
-                _ => constant,
-            };
+        for (group, scale) in scales[..grid.groups].iter().enumerate() {
+            let zero = s.to_f32(s.load_i32(&zeros[group & among]));
             let first = group * grid.group_blocks;
             let end = blocks.min(first + grid.group_blocks);
             let mut part = [s.splat(0.0); MR];
             for block in first..end {
                 let lines = &lines[block * per_block..][..per_block];
-                if M == 1 {
-                    prefetch(s, grid, lines);
+                if MR == 1 {
+                    prefetch(s, lines);
                 }
                 let mut values = [&ZEROS; MR];
                 for r in 0..MR {
@@ -115,17 +122,18 @@ impl<S: Simd, D: Decode, const M: usize> Inner<S> for Float<'_, D, M> {
                 }
             }
             for r in 0..MR {
-                sums[r] = s.fma(scale, part[r], sums[r]);
+                sums[r] = s.fma(s.load(scale), part[r], sums[r]);
             }
-            if let Offsets::Min(mins) = &mut zeros {
-                let min = mins.next(s, group);
-                for r in 0..MR {
-                    let mut sum = 0.0;
-                    for block in &x_sums[r][first..end] {
-                        sum += block;
-                    }
-                    sums[r] = s.fma(min, s.splat(sum), sums[r]);
+        }
+        for (group, min) in mins.iter().enumerate() {
+            let first = group * grid.group_blocks;
+            let end = blocks.min(first + grid.group_blocks);
+            for r in 0..MR {
+                let mut sum = 0.0;
+                for block in &x_sums[r][first..end] {
+                    sum += block;
                 }
+                sums[r] = s.fma(s.load(min), s.splat(sum), sums[r]);
             }
         }
         for r in 0..MR {

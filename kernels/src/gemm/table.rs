@@ -72,8 +72,8 @@ macro_rules! gemms {
         pub static GEMMS: &[GemmKernel] = &[$(
             $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", 1, $isa $isa_word, int::run::<$isa, int::Linear4, 1>),
             $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", $mr, $isa $isa_word, int::run::<$isa, int::Linear4, $mr>),
-            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", 1, $isa $isa_word, int::run::<$isa, int::Table4, 1>),
-            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $mr, $isa $isa_word, int::run::<$isa, int::Table4, $mr>),
+            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", 1, $isa $isa_word, int::run_table::<$isa, 1>),
+            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $mr, $isa $isa_word, int::run_table::<$isa, $mr>),
             $(#[$when])* gemm!(W8 "w8", I8 "i8", 1, $isa $isa_word, int::run::<$isa, int::Linear8, 1>),
             $(#[$when])* gemm!(W8 "w8", I8 "i8", $mr, $isa $isa_word, int::run::<$isa, int::Linear8, $mr>),
             $(#[$when])* gemm!(W4Lin "w4lin", F32 "f32", 1, $isa $isa_word, float::run::<$isa, float::Linear4, 1>),

@@ -82,26 +82,24 @@ pub(super) trait Inner<S: Simd> {
     fn rows<const MR: usize>(&self, s: S, panel: usize, row: usize);
 }
 
-/// Covers a tile with `inner`, `MR` rows at a time and the rest in smaller powers of two.
+/// Covers a panel's rows with `inner`, `MR` at a time and the rest in smaller powers of two.
 #[inline(always)]
-pub(super) fn walk<S: Simd, const MR: usize>(s: S, tile: &Tile, inner: &impl Inner<S>) {
-    for panel in tile.panels.clone() {
-        let Range { start: mut row, end } = tile.rows.clone();
-        while end - row >= MR {
-            inner.rows::<MR>(s, panel, row);
-            row += MR;
-        }
-        if MR > 4 && end - row >= 4 {
-            inner.rows::<4>(s, panel, row);
-            row += 4;
-        }
-        if MR > 2 && end - row >= 2 {
-            inner.rows::<2>(s, panel, row);
-            row += 2;
-        }
-        while row < end {
-            inner.rows::<1>(s, panel, row);
-            row += 1;
-        }
+pub(super) fn walk<S: Simd, const MR: usize>(s: S, panel: usize, rows: Range<usize>, inner: &impl Inner<S>) {
+    let Range { start: mut row, end } = rows;
+    while end - row >= MR {
+        inner.rows::<MR>(s, panel, row);
+        row += MR;
+    }
+    if MR > 4 && end - row >= 4 {
+        inner.rows::<4>(s, panel, row);
+        row += 4;
+    }
+    if MR > 2 && end - row >= 2 {
+        inner.rows::<2>(s, panel, row);
+        row += 2;
+    }
+    while row < end {
+        inner.rows::<1>(s, panel, row);
+        row += 1;
     }
 }

@@ -33,6 +33,18 @@ fn enter_avxvnni<O: SimdOp>(s: AvxVnni, op: O) -> O::Output {
     op.eval(s)
 }
 
+/// Hands registers back as values that the compiler knows nothing of.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pin([mut low, mut high]: [__m256i; 2]) -> [__m256i; 2] {
+    // SAFETY: no instruction at all; the registers are named so that the compiler keeps the values in some.
+    unsafe {
+        std::arch::asm!("/* {0} {1} */", inout(ymm_reg) low, inout(ymm_reg) high,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    [low, high]
+}
+
 impl<const VNNI: bool> Ymm<VNNI> {
     /// One half of 16 lanes folded into one number, in the order that [`Simd::sum`] promises.
     #[inline(always)]
@@ -322,7 +334,8 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
 
     #[inline(always)]
     fn splat4(self, from: &[i8; 4]) -> Self::Bytes {
-        self.splat_i32(i32::from_le_bytes(from.map(|b| b as u8)))
+        let [a, b, c, d] = *from;
+        self.splat_i32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))
     }
 
     #[inline(always)]
@@ -357,8 +370,28 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
     }
 
     #[inline(always)]
-    fn nibble_zero(self) -> Self::NibbleSum {
-        self.splat_i32(0)
+    fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum {
+        if VNNI {
+            self.start_levels(factor, pair)
+        } else {
+            // Wraps; the sum that it is part of doesn't.
+            x86! { [_mm256_mullo_epi16(factor[0], pair[0]), _mm256_mullo_epi16(factor[1], pair[1])] }
+        }
+    }
+
+    #[inline(always)]
+    fn pin_nibbles(self, sum: Self::NibbleSum) -> Self::NibbleSum {
+        x86! { pin(sum) }
+    }
+
+    #[inline(always)]
+    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32 {
+        x86! { [_mm256_madd_epi16(factor[0], pair[0]), _mm256_madd_epi16(factor[1], pair[1])] }
+    }
+
+    #[inline(always)]
+    fn pin_levels(self, sum: Self::I32) -> Self::I32 {
+        x86! { pin(sum) }
     }
 
     #[inline(always)]

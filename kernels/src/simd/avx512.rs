@@ -252,7 +252,8 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn splat4(self, from: &[i8; 4]) -> Self::Bytes {
-        self.splat_i32(i32::from_le_bytes(from.map(|b| b as u8)))
+        let [a, b, c, d] = *from;
+        self.splat_i32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))
     }
 
     #[inline(always)]
@@ -281,8 +282,23 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn nibble_zero(self) -> Self::NibbleSum {
-        self.splat_i32(0)
+    fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum {
+        self.start_levels(factor, pair)
+    }
+
+    #[inline(always)]
+    fn pin_nibbles(self, sum: Self::NibbleSum) -> Self::NibbleSum {
+        sum
+    }
+
+    #[inline(always)]
+    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32 {
+        x86! { _mm512_madd_epi16(factor, pair) }
+    }
+
+    #[inline(always)]
+    fn pin_levels(self, sum: Self::I32) -> Self::I32 {
+        sum
     }
 
     #[inline(always)]

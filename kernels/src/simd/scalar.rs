@@ -276,8 +276,23 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn nibble_zero(self) -> Self::NibbleSum {
-        [0; LANES]
+    fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum {
+        self.start_levels(factor, pair)
+    }
+
+    #[inline(always)]
+    fn pin_nibbles(self, sum: Self::NibbleSum) -> Self::NibbleSum {
+        sum
+    }
+
+    #[inline(always)]
+    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32 {
+        zip(factor, pair, |f, p| i32::from(f as i16) * (i32::from(p as i16) + (p >> 16)))
+    }
+
+    #[inline(always)]
+    fn pin_levels(self, sum: Self::I32) -> Self::I32 {
+        sum
     }
 
     #[inline(always)]

@@ -7,6 +7,7 @@ use crate::{BLOCK, KernelError, PANEL};
 use bytemuck::Pod;
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::ops::RangeInclusive;
 
 /// Which family of kernels multiplies a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -98,10 +99,16 @@ impl PackedWeight {
         check_len("codes", codes.len(), n.saturating_mul(k))?;
         let per_group = n.saturating_mul(groups);
         let zeros = match source.zeros {
-            Zeros::Const(zero) if !(-255..=255).contains(&zero) => return Err(KernelError::Zero { found: zero }),
+            Zeros::Const(zero) if !zero_points(&levels).contains(&zero) => {
+                return Err(KernelError::Zero { found: zero });
+            }
             Zeros::Const(zero) => PackedZeros::Const(zero),
             Zeros::Int(zeros) => {
                 check_len("zero points", zeros.len(), per_group)?;
+                let range = zero_points(&levels);
+                if let Some(zero) = zeros.iter().find(|zero| !range.contains(&i32::from(**zero))) {
+                    return Err(KernelError::Zero { found: i32::from(*zero) });
+                }
                 PackedZeros::Int(pack_rows(n, groups, zeros))
             }
             Zeros::Min(mins) => PackedZeros::Min(PackedNumbers::pack(n, groups, &mins, "minimums")?),
@@ -250,6 +257,15 @@ impl Grid {
             8 => panel[col / 4 * 64 + 4 * lane + col % 4],
             _ => panel[col / 8 * 64 + 4 * lane + col % 4] >> (col % 8 / 4 * 4) & 15,
         }
+    }
+}
+
+/// The zero points that kernels sum exactly.
+fn zero_points(levels: &Levels) -> RangeInclusive<i32> {
+    match levels {
+        // Products of 16 codes less their zero points stay within 16 bits.
+        Levels::Linear4 => 0..=16,
+        _ => -255..=255,
     }
 }
 

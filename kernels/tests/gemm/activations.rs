@@ -9,14 +9,14 @@ fn codes_are_the_nearest_on_their_blocks_grid() {
     let mut rng = StdRng::seed_from_u64(6);
     let pool = Pool::new(2);
     for k in [1, 31, 32, 33, 96, 576] {
-        for m in [1, 3] {
+        for (m, tile) in [(1, 1), (3, 1), (3, 4), (9, 8)] {
             let rows = cases::activations(&mut rng, m, k);
             let mut x = Activations::with_capacity(m, k);
             x.fill(m, k, &rows).unwrap();
-            assert_eq!(x.codes(0), None);
-            x.prepare(&pool, ActKind::I8);
+            assert!(x.codes(0).is_none());
+            x.prepare(&pool, ActKind::I8, tile);
             for row in 0..m {
-                let (codes, scales) = x.codes(row).unwrap();
+                let (codes, scales) = cases::codes(&x, row);
                 assert_eq!((codes.len(), scales.len()), (k.next_multiple_of(BLOCK), k.div_ceil(BLOCK)));
                 for (b, block) in rows[row * k..][..k].chunks(BLOCK).enumerate() {
                     let most = block.iter().fold(0.0f32, |most, v| most.max(v.abs()));
@@ -33,6 +33,15 @@ fn codes_are_the_nearest_on_their_blocks_grid() {
                     }
                 }
                 assert!(codes[k..].iter().all(|code| *code == 0));
+                for (b, block) in x.codes(row).unwrap().enumerate() {
+                    let sum = |from: usize, to: usize, places: [usize; 2]| -> i16 {
+                        let quads = &block.quads[from..to];
+                        quads.iter().map(|quad| places.iter().map(|p| i16::from(quad[*p])).sum::<i16>()).sum()
+                    };
+                    let pair = |from, to| [sum(from, to, [0, 1]), sum(from, to, [2, 3])];
+                    assert_eq!(block.pair, pair(0, 8), "block {b}");
+                    assert_eq!(block.half_pairs, [pair(0, 4), pair(4, 8)], "block {b}");
+                }
             }
         }
     }

@@ -108,6 +108,10 @@ impl Weight {
             WeightKind::W4Tab => {
                 let mut table = std::array::from_fn(|_| rng.random_range(-127..=127));
                 (table[0], table[15]) = (-127, 127);
+                // Some kernels have a way of their own for levels of 6 bits.
+                if rng.random() {
+                    table = table.map(|level| level >> 2);
+                }
                 Levels::Table4(table)
             }
             WeightKind::W4Flt => Levels::FloatTable4(std::array::from_fn(|_| rng.random_range(-1.0..1.0))),
@@ -125,7 +129,7 @@ impl Weight {
         let zeros = match rng.random_range(0..5) {
             0 => Offset::Const(0),
             1 => Offset::Const(i32::from(most / 2 + 1)),
-            2 => Offset::Const([-255, 255][rng.random_range(0..2)]),
+            2 => Offset::Const(if kind == WeightKind::W4Lin { 16 } else { [-255, 255][rng.random_range(0..2)] }),
             3 => Offset::Int((0..n * groups).map(|_| rng.random_range(0..=most)).collect()),
             _ => Offset::Min(Numbers::random(rng, n, groups)),
         };
@@ -244,10 +248,10 @@ const UNDERFLOW: f64 = f32::from_bits(1) as f64 / 2.0;
 /// Every term passes through at most one rounding an addition (k, two a block and two a group, a few at the end),
 /// so the error is at most that many roundings of the sum of magnitudes.
 pub fn expected(weight: &Weight, x: &Activations, act: ActKind, row: usize, out: usize, extra: [f32; 2]) -> Expected {
-    let coded = (act == ActKind::I8).then(|| x.codes(row).unwrap());
+    let coded = (act == ActKind::I8).then(|| codes(x, row));
     let (mut value, mut size, mut least_scale) = (0.0, 0.0, 1.0f64);
     for col in 0..weight.k {
-        let x = match coded {
+        let x = match &coded {
             Some((codes, scales)) => f64::from(codes[col]) * f64::from(scales[col / BLOCK]),
             None => f64::from(x.row(row)[col]),
         };
@@ -269,14 +273,23 @@ pub fn expected(weight: &Weight, x: &Activations, act: ActKind, row: usize, out:
     Expected { value, bound: roundings * (ROUNDING * size + UNDERFLOW * least_scale) * (1.0 + roundings * ROUNDING) }
 }
 
-/// What a kernel with byte activations gives, bit for bit: exact integers in a block, then fused steps in f32.
+/// A row's codes, and the scale of each block.
+pub fn codes(x: &Activations, row: usize) -> (Vec<i8>, Vec<f32>) {
+    let blocks = || x.codes(row).unwrap();
+    let codes = blocks().flat_map(|block| block.quads.iter().flatten().copied()).collect();
+    (codes, blocks().map(|block| block.scale).collect())
+}
+
+/// What a kernel with byte activations gives, bit for bit: exact integers in a block, zero points included, then f32:
+/// all blocks with their scales, then all groups with their minimums.
 pub fn exact_i8(weight: &Weight, x: &Activations, row: usize, out: usize, extra: [Option<f32>; 2]) -> f32 {
-    let (codes, scales) = x.codes(row).unwrap();
+    let (codes, scales) = codes(x, row);
     let group = weight.group();
-    let mut sum = 0.0f32;
+    let (mut sum, mut mins) = (0.0f32, Vec::new());
     for first in (0..weight.k).step_by(group) {
         let end = weight.k.min(first.saturating_add(group));
-        let (mut part, mut x_part) = (0.0f32, 0.0f32);
+        let (scale, _, min) = weight.parts(out, first);
+        let mut x_part = 0.0f32;
         for block in (first..end).step_by(BLOCK) {
             let (mut dot, mut x_sum) = (0i64, 0i64);
             for col in block..end.min(block + BLOCK) {
@@ -285,14 +298,13 @@ pub fn exact_i8(weight: &Weight, x: &Activations, row: usize, out: usize, extra:
                 x_sum += i64::from(codes[col]);
             }
             let x_scale = scales[block / BLOCK];
-            part = (dot as f32).mul_add(x_scale, part);
+            sum = scale.mul_add(dot as f32 * x_scale, sum);
             x_part += x_scale * x_sum as f32;
         }
-        let (scale, _, min) = weight.parts(out, first);
-        sum = scale.mul_add(part, sum);
-        if matches!(&weight.numeric, Numeric::Grid { zeros: Offset::Min(_), .. }) {
-            sum = min.mul_add(x_part, sum);
-        }
+        mins.push((min, x_part));
+    }
+    if matches!(&weight.numeric, Numeric::Grid { zeros: Offset::Min(_), .. }) {
+        sum = mins.into_iter().fold(sum, |sum, (min, x_part)| min.mul_add(x_part, sum));
     }
     for (col, outlier) in weight.outliers(out) {
         sum += outlier * x.row(row)[col];

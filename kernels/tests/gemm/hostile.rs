@@ -39,6 +39,8 @@ fn lengths() {
     assert_eq!(refusal(WeightSource { zeros: Zeros::Int(&[1; 5]), ..sound() }), length("zero points", 5, 6));
     let mins = Zeros::Min(Scales::F32(&SCALES[..1]));
     assert_eq!(refusal(WeightSource { zeros: mins, ..sound() }), length("minimums", 1, 6));
+    let zeros = Zeros::Int(&[1, 2, 3, 16, 17, 4]);
+    assert_eq!(refusal(WeightSource { zeros, ..sound() }), KernelError::Zero { found: 17 });
     let coded = Scales::Coded { codes: &[1; 5], second: &[1.0; 3], span: 2 };
     assert_eq!(refusal(WeightSource { scales: coded, ..sound() }), length("scales", 5, 6));
     let coded = Scales::Coded { codes: &[1; 6], second: &[1.0; 4], span: 2 };
@@ -69,8 +71,11 @@ fn groups_and_codes() {
 
 #[test]
 fn zeros_and_scale_codes() {
-    for zero in [-256, 256, i32::MIN] {
-        assert_eq!(refusal(WeightSource { zeros: Zeros::Const(zero), ..sound() }), KernelError::Zero { found: zero });
+    for (levels, zero) in
+        [(Levels::Linear4, -1), (Levels::Linear4, 17), (Levels::Linear8, -256), (Levels::Linear8, 256)]
+    {
+        let refused = refusal(WeightSource { levels, zeros: Zeros::Const(zero), ..sound() });
+        assert_eq!(refused, KernelError::Zero { found: zero });
     }
     let coded = |codes, span| WeightSource { scales: Scales::Coded { codes, second: &[1.0; 6], span }, ..sound() };
     assert_eq!(refusal(coded(&[1; 6], 0)), KernelError::Span { what: "scales" });

@@ -101,13 +101,25 @@ impl SimdOp for Probe<'_> {
         seen.push(("lookup_bytes", ints(s.words(s.lookup_bytes(s.splat16(x), low)))));
         let xs: Vec<S::Bytes> = x.as_chunks::<4>().0.iter().map(|four| s.splat4(four)).collect();
         seen.push(("splat4", ints(s.words(xs[1]))));
-        let mut sum = s.nibble_zero();
-        for codes in [low, high] {
-            for x in &xs {
-                sum = s.dot_nibbles(sum, codes, *x);
+        // Four quads, twice: a block whose pairs of places sum to twice those of the quads.
+        let places = |first: usize| -> i32 {
+            x.as_chunks::<4>().0.iter().map(|four| i32::from(four[first]) + i32::from(four[first + 1])).sum::<i32>() * 2
+        };
+        let pair = s.splat_i32(places(0) & 0xffff | places(2) << 16);
+        for zero in [0, 8, 16] {
+            let factor = s.splat_i32(-zero & 0xffff | -zero << 16);
+            let mut sum = s.start_nibbles(factor, pair);
+            for codes in [low, high] {
+                for x in &xs {
+                    sum = s.pin_nibbles(s.dot_nibbles(sum, codes, *x));
+                }
             }
+            seen.push(("dot_nibbles", ints(s.nibble_total(sum))));
         }
-        seen.push(("dot_nibbles", ints(s.nibble_total(sum))));
+        for factor in [-32768, -383, 0, 255, 32767] {
+            let factor = s.splat_i32(factor & 0xffff | factor << 16);
+            seen.push(("start_levels", ints(s.pin_levels(s.start_levels(factor, pair)))));
+        }
         let levels = s.levels(v);
         let mut dot = vi;
         let mut bias = s.splat_i32(0);
