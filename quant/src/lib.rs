@@ -12,6 +12,7 @@ pub mod format;
 pub mod manifest;
 mod names;
 pub mod nf4;
+pub mod observer;
 pub mod onnx;
 mod pack;
 pub mod presets;
@@ -23,6 +24,7 @@ pub mod spec;
 
 pub use algo::{ALGORITHMS, AlgoInput, Algorithm};
 pub use error::{QuantError, Result};
+pub use observer::{OBSERVERS, Observer};
 pub use presets::{PRESETS, Preset};
 pub use qtensor::{QTensor, ScaleData, ZeroData};
 pub use recipe::{Decision, Keep, Recipe, Rule};

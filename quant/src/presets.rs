@@ -109,7 +109,8 @@ pub static PRESETS: &[Preset] = &[
     preset("int8-channel-asym", int(8), Channel, Int, F16, "one scale and zero point a row"),
     preset("int8-tensor", int(8), Tensor, Symmetric, F32, "one scale a tensor"),
     preset("nf4-g64", NF4, Group(64), Symmetric, F32, "QLoRA's 4-bit levels, one f32 scale for 64 values").by("rtn"),
-    preset("nf4-dq", NF4, Group(64), Symmetric, QLORA, "QLoRA's 4-bit with double quantization, 64/256").by("rtn"),
+    preset("nf4-dq", NF4, Group(64), Symmetric, QLORA, "QLoRA's, 64/256: bitsandbytes' bits where 64 divides a row")
+        .by("rtn"),
     preset("int2-g32-dq", int(2), Group(32), Min, DQ, "4 levels with a minimum"),
     preset("int3-g32-dq", int(3), Group(32), FullRange, DQ, "8 levels"),
     preset("int5-g32-dq", int(5), Group(32), FullRange, DQ, "32 levels"),
@@ -118,7 +119,7 @@ pub static PRESETS: &[Preset] = &[
 
 /// Short words for the presets that are meant without further thought.
 pub const ALIASES: &[(&str, &str)] =
-    &[("default", DEFAULT), ("int4", DEFAULT), ("int8", DEFAULT_EMBEDDING), ("nf4", "nf4-dq")];
+    &[("default", DEFAULT), ("int4", DEFAULT), ("int8", DEFAULT_EMBEDDING), ("nf4", "nf4-dq"), ("qlora", "nf4-dq")];
 
 /// The preset of that name or [alias](ALIASES); an unknown one is told what it may have meant.
 pub fn by_name(name: &str) -> Result<&'static Preset> {

@@ -1,5 +1,8 @@
 //! Laws of algorithms: every preset, over widths that groups don't divide and values that break naive code.
 
+#[path = "algo/bitsandbytes.rs"]
+mod bitsandbytes;
+
 use nibble_quant::algo::{ALGORITHMS, AlgoInput, algorithm, weighted_error};
 use nibble_quant::{Granularity, OutlierSpec, PRESETS, QTensor, QuantSpec, Range, ScaleFormat, Span};
 use rand::rngs::StdRng;

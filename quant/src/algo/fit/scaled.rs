@@ -46,8 +46,9 @@ pub(super) fn fit<S: Simd, G: Grid<S>>(
     let peak = range.peak();
     // The end of the grid that reaches furthest, and the other one.
     let (end, other) = if rule.high >= -rule.low { (rule.high, rule.low) } else { (rule.low, rule.high) };
-    let plain = if rule.signed && end != -other { end / peak } else { end.abs() / peak.abs() };
-    let mut best = Candidate::plain(sums(s, grid, group, plain), plain);
+    let scale = if rule.signed && end != -other { peak / end } else { peak.abs() / end.abs() };
+    let plain = inverse(scale);
+    let mut best = Candidate::plain(sums(s, grid, group, plain), plain, scale);
     // The levels of a table are few, whatever units they are in.
     let reach = if rule.table.is_some() { 8.0 } else { rule.high };
     if method != Method::Plain {
@@ -76,11 +77,12 @@ pub(super) fn fit_zero<S: Simd>(
     levels: &mut [f32],
 ) -> Fit {
     let range = range.with_zero();
-    let plain = rule.high / (range.hi - range.lo);
+    let scale = (range.hi - range.lo) / rule.high;
+    let plain = inverse(scale);
     let zero_at = |inverse: f32| (-range.lo * inverse).round_ties_even().clamp(0.0, rule.high);
     let even = |zero: f32| Even::new(s, -zero, rule.high - zero, 0);
     let mut zero = zero_at(plain);
-    let mut best = Candidate::plain(sums(s, even(zero), group, plain), plain);
+    let mut best = Candidate::plain(sums(s, even(zero), group, plain), plain, scale);
     if method != Method::Plain {
         best.offer(s, even(zero), group, plain, method);
         for factor in factors(group.x.len(), 0.5 * rule.high, SCAN) {
@@ -102,6 +104,7 @@ pub(super) fn fit_zero<S: Simd>(
 #[derive(Clone, Copy)]
 struct Candidate {
     inverse: f32,
+    scale: f32,
     sums: Sums,
     /// What is left of the error without the constant `sum(w x^2)`: smaller is better.
     left: f32,
@@ -109,30 +112,29 @@ struct Candidate {
 
 impl Candidate {
     #[inline(always)]
-    fn plain(sums: Sums, inverse: f32) -> Candidate {
-        let scale = super::inverse(inverse);
-        Candidate { inverse, sums, left: scale * scale * sums.ll - 2.0 * scale * sums.xl }
+    fn plain(sums: Sums, inverse: f32, scale: f32) -> Candidate {
+        Candidate { inverse, scale, sums, left: scale * scale * sums.ll - 2.0 * scale * sums.xl }
     }
 
     /// Takes an inverse scale if it is better; says whether it was.
     #[inline(always)]
     fn offer<S: Simd, G: Grid<S>>(&mut self, s: S, grid: G, group: Group, inverse: f32, method: Method) -> bool {
-        let sums = sums(s, grid, group, inverse);
+        let (sums, scale) = (sums(s, grid, group, inverse), super::inverse(inverse));
         let left = match method {
             Method::Search if sums.scale() * inverse >= 0.0 => -sums.explained(),
             Method::Search => return false,
-            Method::Plain | Method::Clip => Candidate::plain(sums, inverse).left,
+            Method::Plain | Method::Clip => Candidate::plain(sums, inverse, scale).left,
         };
         let better = left < self.left;
         if better {
-            *self = Candidate { inverse, sums, left };
+            *self = Candidate { inverse, scale, sums, left };
         }
         better
     }
 
     #[inline(always)]
     fn finish<S: Simd, G: Grid<S>>(mut self, s: S, grid: G, group: Group, method: Method, levels: &mut [f32]) -> Fit {
-        let mut scale = inverse(self.inverse);
+        let mut scale = self.scale;
         if method == Method::Search && self.sums.ll > 0.0 {
             if group.x.len() <= STEPPED {
                 self.sums = steps(s, grid, group, self.inverse, self.sums, levels);
