@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! int4      levels -8..7, signed scale            -g32      groups of 32 along K
-//! int4-nl   llama.cpp's 16 non-linear levels      -channel  one group a row
+//! int4-nl   16 non-linear levels of 6 bits       -channel  one group a row
 //! nf4       QLoRA's normal-float levels           -asym     integer zero points; -min: float minimums
 //!                                                 -dq       6-bit scales against an f16 a row (-dq8: 8-bit,
 //!                                                           -dq256: an f16 for every 256 values)
@@ -39,7 +39,11 @@ const DQ: ScaleFormat = coded(6, Span::Row);
 const DQ8: ScaleFormat = coded(8, Span::Row);
 const DQ256: ScaleFormat = coded(6, Span::Values(256));
 const QLORA: ScaleFormat = ScaleFormat::Dynamic { blocks: 256 };
-const NL: Grid = Grid::Table(Table::Iq4Nl);
+const IQ4: Grid = Grid::Table(Table::Iq4Nl);
+/// Levels of 6 bits, whose products with activations AVX2 sums in 16 bits: a third faster there than levels of 8 bits.
+/// Fitted, starting from IQ4_NL's, to groups of 32 normal and Student-t (5 degrees of freedom) values with the best scale
+/// each; within 0.1 dB of IQ4_NL's there.
+const NL: Grid = Grid::Table(Table::Int8([-32, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 21, 27]));
 const NF4: Grid = Grid::Table(Table::Nf4);
 
 const fn coded(bits: u8, span: Span) -> ScaleFormat {
@@ -82,8 +86,8 @@ impl Preset {
 /// Every preset.
 pub static PRESETS: &[Preset] = &[
     preset("int4-nl-g32-dq", NL, Group(32), Symmetric, DQ, "non-linear levels, double-quantized scales: the default"),
-    preset("int4-nl-g32-dq256", NL, Group(32), Symmetric, DQ256, "the numbers of llama.cpp's IQ4_XS"),
-    preset("int4-nl-g32", NL, Group(32), Symmetric, F16, "the numbers of llama.cpp's IQ4_NL"),
+    preset("int4-iq4nl-g32-dq256", IQ4, Group(32), Symmetric, DQ256, "the numbers of llama.cpp's IQ4_XS"),
+    preset("int4-iq4nl-g32", IQ4, Group(32), Symmetric, F16, "the numbers of llama.cpp's IQ4_NL"),
     preset("int4-nl-g64-dq", NL, Group(64), Symmetric, DQ, "non-linear levels in larger groups"),
     preset("int4-g32", int(4), Group(32), FullRange, F16, "the numbers of llama.cpp's Q4_0"),
     preset("int4-g64", int(4), Group(64), FullRange, F16, "plain levels in larger groups"),
