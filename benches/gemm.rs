@@ -1,5 +1,6 @@
-//! Every row of `GEMMS` that this CPU has, on one thread: `row` is one activation row (bytes of weight a second), `rows`
-//! a prompt's many (multiply-adds a second).
+//! Every row of `GEMMS` that this CPU has, on one thread: `row` is one activation row and a weight in memory,
+//! `row_in_cache` a weight that stays in the cache (bytes of weight a second), `rows` a prompt's many (multiply-adds a
+//! second).
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
@@ -24,6 +25,11 @@ fn kernels(single: bool) -> impl Iterator<Item = &'static str> {
 fn row(bencher: Bencher, name: &str) {
     // Larger than a last-level cache's share of one core, so that memory's pace is what is measured.
     time(bencher, name, 1, 16384, 4096);
+}
+
+#[divan::bench(args = kernels(true), sample_size = 20, sample_count = 30)]
+fn row_in_cache(bencher: Bencher, name: &str) {
+    time(bencher, name, 1, 1024, 2048);
 }
 
 #[divan::bench(args = kernels(false), sample_size = 1, sample_count = 30)]

@@ -105,7 +105,7 @@ impl SimdOp for Multiply {
         }
         let mut total = s.splat_i32(0);
         for sum in sums {
-            total = s.add_i32(total, s.nibble_total(sum));
+            total = s.add_i32(total, s.nibble_total(sum, s.splat_i32(0x0001_0001)));
         }
         s.sum_i32(total)
     }

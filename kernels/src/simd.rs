@@ -88,6 +88,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const ISA: Isa;
     /// What [`Simd::dot_levels`] adds to every level: `dot = sum((level + LEVEL_BIAS) * x)`.
     const LEVEL_BIAS: i32;
+    /// Whether dot products are multiplied by a 16-bit integer on the way, which costs nothing where sums of 16 bits are
+    /// widened by a multiplication anyway.
+    const MULTIPLIES: bool;
 
     /// 16 single-precision numbers.
     type F32: Copy;
@@ -191,6 +194,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// 64 bytes.
     fn load_bytes(self, from: &[u8; BYTES]) -> Self::Bytes;
+    /// Stores 64 bytes.
+    fn store_bytes(self, v: Self::Bytes, to: &mut [u8; BYTES]);
     /// 16 bytes, four times over: a table for [`Simd::lookup_bytes`].
     fn splat16(self, from: &[i8; 16]) -> Self::Bytes;
     /// 4 bytes, 16 times over: 4 activations that meet 16 rows.
@@ -209,24 +214,26 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `factor * (low + high)` where every lane of both arguments is a pair of 16-bit integers and both halves of a
     /// factor are the same: what a zero point takes from a block, before its products.
     ///
-    /// Together with 8 calls of [`Simd::dot_nibbles`] it is exact if `|code + factor| <= 16`.
+    /// Together with calls of [`Simd::dot_nibbles`] it is exact if all products of the block, each with its share of the
+    /// factor taken off, stay within 16 bits: 8 quads for `|code + factor| <= 16`, 4 for `|code + factor| <= 32`.
     fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum;
-    /// Adds the products of codes 0..=15 and signed bytes in -127..=127, 4 to a lane. Exact for up to 8 calls, which
-    /// is one block; then [`Simd::nibble_total`] takes the sum.
+    /// Adds the products of codes 0..=63 and signed bytes in -127..=127, 4 to a lane, for [`Simd::nibble_total`].
     fn dot_nibbles(self, sum: Self::NibbleSum, codes: Self::Bytes, x: Self::Bytes) -> Self::NibbleSum;
-    /// The dot products of a block.
-    fn nibble_total(self, sum: Self::NibbleSum) -> Self::I32;
+    /// The dot products of a block, times `number` (pairs of equal 16-bit integers) if [`Simd::MULTIPLIES`].
+    fn nibble_total(self, sum: Self::NibbleSum, number: Self::I32) -> Self::I32;
     /// The same sum, which the compiler takes for another: it neither reorders products across this point nor moves
     /// later ones before it, so that the sums of a tile stay in registers.
     fn pin_nibbles(self, sum: Self::NibbleSum) -> Self::NibbleSum;
-    /// [`Simd::start_nibbles`] for [`Simd::dot_levels`]: exact for all 16-bit factors and pairs.
-    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32;
+    /// [`Simd::start_nibbles`] for [`Simd::dot_levels`], times `number` if [`Simd::MULTIPLIES`]: exact for all 16-bit
+    /// factors and pairs.
+    fn start_levels(self, factor: Self::I32, pair: Self::I32, number: Self::I32) -> Self::I32;
     /// [`Simd::pin_nibbles`] for [`Simd::dot_levels`].
     fn pin_levels(self, sum: Self::I32) -> Self::I32;
     /// Signed levels -128..=127 in the form that dot products want; made once, used for many rows.
     fn levels(self, v: Self::Bytes) -> Self::Levels;
-    /// Adds `(level + LEVEL_BIAS) * x` for signed bytes x in -127..=127, 4 to a lane; exact.
-    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes) -> Self::I32;
+    /// Adds `(level + LEVEL_BIAS) * x` for signed bytes x in -127..=127, 4 to a lane, times `number` if
+    /// [`Simd::MULTIPLIES`]; exact.
+    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes, number: Self::I32) -> Self::I32;
 
     // Composed of the above.
 

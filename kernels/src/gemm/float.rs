@@ -3,7 +3,7 @@
 //! `sum += scale[group] * sum_k((level - zero) * x[k]) (+ min[group] * sum_k(x[k]))`, every step fused.
 
 use super::int::prefetch;
-use super::scratch::Scratch;
+use super::scratch::{Scratch, mask};
 use super::tile::{Inner, Tile, walk};
 use crate::BLOCK;
 use crate::simd::{BYTES, Simd, SimdOp};
@@ -61,7 +61,7 @@ impl<D: Decode, const MR: usize> SimdOp for Run<'_, D, MR> {
     fn eval<S: Simd>(self, s: S) {
         let Run { tile, grid, scratch, .. } = self;
         for panel in tile.panels.clone() {
-            scratch.fill(s, grid, panel);
+            scratch.fill(s, grid, panel, false);
             let float = Float::<D> { tile, grid, scratch: &*scratch, decode: PhantomData };
             walk::<S, MR>(s, panel, tile.rows.clone(), &float);
         }
@@ -83,8 +83,9 @@ impl<S: Simd, D: Decode> Inner<S> for Float<'_, D> {
         let (blocks, per_block) = (tile.x.blocks(), BLOCK / D::WIDTH);
         let lines: &[[u8; BYTES]] = &grid.codes.as_chunks().0[panel * blocks * per_block..][..blocks * per_block];
         let table = s.load(&table(&grid.levels));
-        let mask = s.splat_i32(if D::WIDTH == 8 { 15 } else { 255 });
-        let (Scratch { scales, zeros, mins }, among) = (self.scratch, self.scratch.mask());
+        let code_mask = s.splat_i32(if D::WIDTH == 8 { 15 } else { 255 });
+        let Scratch { numbers, factor, zeros, mins, .. } = self.scratch;
+        let every_zero = mask(zeros);
         let no_values: &[[f32; BLOCK]] = &[];
         let (mut x, mut x_sums) = ([no_values; MR], [&[0.0; 0][..]; MR]);
         for r in 0..MR {
@@ -93,8 +94,8 @@ impl<S: Simd, D: Decode> Inner<S> for Float<'_, D> {
         }
 
         let mut sums = [s.splat(0.0); MR];
-        for (group, scale) in scales[..grid.groups].iter().enumerate() {
-            let zero = s.to_f32(s.load_i32(&zeros[group & among]));
+        for (group, number) in numbers[..grid.groups].iter().enumerate() {
+            let zero = s.to_f32(s.load_i32(&zeros[group & every_zero]));
             let first = group * grid.group_blocks;
             let end = blocks.min(first + grid.group_blocks);
             let mut part = [s.splat(0.0); MR];
@@ -113,7 +114,7 @@ impl<S: Simd, D: Decode> Inner<S> for Float<'_, D> {
                         // Nibble j of K is byte j % 4, low half first; see the layout in `weight`.
                         let bits = 8 * (j % 4) + 4 * (j / 4);
                         let code = s.shr(words, bits as i32);
-                        let level = if D::TABLE { s.lookup(table, code) } else { s.to_f32(s.and_i32(code, mask)) };
+                        let level = if D::TABLE { s.lookup(table, code) } else { s.to_f32(s.and_i32(code, code_mask)) };
                         let level = s.sub(level, zero);
                         for r in 0..MR {
                             part[r] = s.fma(level, s.splat(values[r][i * D::WIDTH + j]), part[r]);
@@ -122,8 +123,11 @@ impl<S: Simd, D: Decode> Inner<S> for Float<'_, D> {
                 }
             }
             for r in 0..MR {
-                sums[r] = s.fma(s.load(scale), part[r], sums[r]);
+                sums[r] = s.fma(s.load(number), part[r], sums[r]);
             }
+        }
+        for r in 0..MR {
+            sums[r] = s.mul(sums[r], s.load(factor));
         }
         for (group, min) in mins.iter().enumerate() {
             let first = group * grid.group_blocks;

@@ -1,271 +1,53 @@
 //! Quantized weights by signed-byte activations.
 //!
 //! In every block of 32 the products of codes are summed exactly in integers, zero points included; floats begin with
-//! one conversion a block: `sum += scale[group] * (x_scale[block] * dot[block])`, then `sum += min[group] * x_sum[group]`
-//! for weights with minimums.
+//! one conversion a block. A group's scale is `number * factor`, where the factor is a second level that all groups of a
+//! row share, or 1:
+//! ```text
+//! sum = factor * sum_blocks((dot[block] * number[group]) * x_scale[block]) + sum_groups(min[group] * x_sum[group])
+//! ```
+//! The product in the inner parentheses is rounded once, the rest is fused. Where numbers are small integers AVX2 multiplies
+//! while it widens 16-bit sums; the rounded product is the same.
 //!
-//! Scales and zero points of a panel are made ready once, in a [`Scratch`] that stays in the first-level cache, and
-//! serve all its activation rows; so the inner loop is the same for every way of storing them.
+//! One activation row meets codes that are decoded in registers. Many rows meet a slab of blocks that was decoded to bytes,
+//! a quad of K to a line, and stays in the first-level cache.
 
-use super::scratch::Scratch;
+mod codes;
+
+use super::scratch::{Scratch, mask, twice};
 use super::tile::Tile;
-use crate::Isa;
-use crate::act::CodedBlock;
 use crate::simd::{BYTES, Simd, SimdOp};
-use crate::weight::{Body, Grid, Levels, PackedZeros};
+use crate::weight::{Body, Grid};
+use codes::{Codes, Linear4, Linear8, Narrow4, Sum, Table4};
 use std::marker::PhantomData;
+use std::ops::Range;
 
-/// How codes become levels and meet activations, 32 values of K at a time.
-pub(super) trait Codes {
-    /// Cache lines of a block of one panel.
-    const LINES: usize;
-    /// A decoding table in registers.
-    type Table<S: Simd>: Copy;
+/// Blocks that are decoded at a time: 16 KiB of bytes.
+const SLAB: usize = 32;
+/// Quads of K in a block.
+const QUADS: usize = 8;
 
-    fn table<S: Simd>(s: S, levels: &Levels) -> Self::Table<S>;
-
-    /// What to add to a zero point to make up for how [`Codes::dot`] shifts levels.
-    fn shift<S: Simd>() -> i32;
-
-    /// For each activation row, the 16 dot products of a block, less the zero points: `zero` has them negated, in both
-    /// halves of every lane.
-    fn dot<S: Simd, const MR: usize>(
-        s: S,
-        table: Self::Table<S>,
-        zero: S::I32,
-        lines: &[[u8; BYTES]],
-        x: &[CodedBlock; MR],
-    ) -> [S::I32; MR];
+/// The kernel for evenly spaced 4-bit codes, `MR` rows at a time.
+pub(super) fn linear4<S: Simd, const MR: usize>(tile: &Tile) {
+    run::<S, Linear4, MR>(tile);
 }
 
-/// [`Levels::Linear4`]: codes are levels.
-pub(super) struct Linear4;
-/// [`Levels::Table4`]: a byte shuffle away.
-struct Table4;
-/// [`Levels::Table4`] with levels of 6 bits, zero point taken off: products of half a block fit in 16-bit sums.
-struct Narrow4;
-/// [`Levels::Linear8`]: codes - 128 are signed levels.
-pub(super) struct Linear8;
-
-impl Codes for Linear4 {
-    const LINES: usize = 4;
-    type Table<S: Simd> = ();
-
-    #[inline(always)]
-    fn table<S: Simd>(_: S, _: &Levels) {}
-
-    #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        0
-    }
-
-    #[inline(always)]
-    fn dot<S: Simd, const MR: usize>(
-        s: S,
-        _: (),
-        zero: S::I32,
-        lines: &[[u8; BYTES]],
-        x: &[CodedBlock; MR],
-    ) -> [S::I32; MR] {
-        let mut sums = [s.start_nibbles(zero, pair(s, x[0].pair)); MR];
-        for r in 1..MR {
-            sums[r] = s.start_nibbles(zero, pair(s, x[r].pair));
-        }
-        for (i, line) in lines[..Self::LINES].iter().enumerate() {
-            let line = s.load_bytes(line);
-            let low = s.low_nibbles(line);
-            for r in 0..MR {
-                sums[r] = s.pin_nibbles(s.dot_nibbles(sums[r], low, s.splat4(&x[r].quads[2 * i])));
-            }
-            let high = s.high_nibbles(line);
-            for r in 0..MR {
-                sums[r] = s.pin_nibbles(s.dot_nibbles(sums[r], high, s.splat4(&x[r].quads[2 * i + 1])));
-            }
-        }
-        let mut totals = [zero; MR];
-        for r in 0..MR {
-            totals[r] = s.nibble_total(sums[r]);
-        }
-        totals
+/// The kernel for 4-bit codes through a table: the narrow one where there is one and levels allow it.
+pub(super) fn table4<S: Simd, const MR: usize>(tile: &Tile) {
+    match &tile.weight.body {
+        Body::Grid(grid) if S::MULTIPLIES && Narrow4::fits(grid) => run::<S, Narrow4, MR>(tile),
+        _ => run::<S, Table4, MR>(tile),
     }
 }
 
-impl Codes for Table4 {
-    const LINES: usize = 4;
-    type Table<S: Simd> = S::Bytes;
-
-    #[inline(always)]
-    fn table<S: Simd>(s: S, levels: &Levels) -> S::Bytes {
-        match levels {
-            Levels::Table4(table) => s.splat16(table),
-            _ => s.splat16(&[0; 16]),
-        }
-    }
-
-    #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        S::LEVEL_BIAS
-    }
-
-    #[inline(always)]
-    fn dot<S: Simd, const MR: usize>(
-        s: S,
-        table: S::Bytes,
-        zero: S::I32,
-        lines: &[[u8; BYTES]],
-        x: &[CodedBlock; MR],
-    ) -> [S::I32; MR] {
-        let mut sums = start(s, zero, x);
-        for (i, line) in lines[..Self::LINES].iter().enumerate() {
-            let line = s.load_bytes(line);
-            let low = s.levels(s.lookup_bytes(table, s.low_nibbles(line)));
-            for r in 0..MR {
-                sums[r] = s.pin_levels(s.dot_levels(sums[r], low, s.splat4(&x[r].quads[2 * i])));
-            }
-            let high = s.levels(s.lookup_bytes(table, s.high_nibbles(line)));
-            for r in 0..MR {
-                sums[r] = s.pin_levels(s.dot_levels(sums[r], high, s.splat4(&x[r].quads[2 * i + 1])));
-            }
-        }
-        sums
-    }
+/// The kernel for 8-bit codes.
+pub(super) fn linear8<S: Simd, const MR: usize>(tile: &Tile) {
+    run::<S, Linear8, MR>(tile);
 }
 
-impl Narrow4 {
-    /// What makes levels unsigned.
-    const BIAS: i32 = 32;
-
-    fn fits(grid: &Grid) -> bool {
-        let zero = match grid.zeros {
-            PackedZeros::Const(zero) => zero,
-            PackedZeros::Int(_) => return false,
-            PackedZeros::Min(_) => 0,
-        };
-        let from = |low: i32| low..low + 2 * Self::BIAS;
-        match &grid.levels {
-            Levels::Table4(table) => table.iter().all(|level| {
-                let level = i32::from(*level);
-                from(-Self::BIAS).contains(&level) && from(-Self::BIAS).contains(&(level - zero))
-            }),
-            _ => false,
-        }
-    }
-}
-
-impl Codes for Narrow4 {
-    const LINES: usize = 4;
-    type Table<S: Simd> = S::Bytes;
-
-    #[inline(always)]
-    fn table<S: Simd>(s: S, levels: &Levels) -> S::Bytes {
-        match levels {
-            Levels::Table4(table) => s.splat16(&table.map(|level| level.wrapping_add(Self::BIAS as i8))),
-            _ => s.splat16(&[0; 16]),
-        }
-    }
-
-    #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        Self::BIAS
-    }
-
-    #[inline(always)]
-    fn dot<S: Simd, const MR: usize>(
-        s: S,
-        table: S::Bytes,
-        zero: S::I32,
-        lines: &[[u8; BYTES]],
-        x: &[CodedBlock; MR],
-    ) -> [S::I32; MR] {
-        let mut totals = [s.splat_i32(0); MR];
-        for (half, lines) in lines[..Self::LINES].as_chunks::<2>().0.iter().enumerate() {
-            let mut sums = [s.start_nibbles(zero, pair(s, x[0].half_pairs[half])); MR];
-            for r in 1..MR {
-                sums[r] = s.start_nibbles(zero, pair(s, x[r].half_pairs[half]));
-            }
-            for (i, line) in lines.iter().enumerate() {
-                let (line, at) = (s.load_bytes(line), 4 * half + 2 * i);
-                let low = s.lookup_bytes(table, s.low_nibbles(line));
-                for r in 0..MR {
-                    sums[r] = s.pin_nibbles(s.dot_nibbles(sums[r], low, s.splat4(&x[r].quads[at])));
-                }
-                let high = s.lookup_bytes(table, s.high_nibbles(line));
-                for r in 0..MR {
-                    sums[r] = s.pin_nibbles(s.dot_nibbles(sums[r], high, s.splat4(&x[r].quads[at + 1])));
-                }
-            }
-            for r in 0..MR {
-                totals[r] = s.add_i32(totals[r], s.nibble_total(sums[r]));
-            }
-        }
-        totals
-    }
-}
-
-impl Codes for Linear8 {
-    const LINES: usize = 8;
-    type Table<S: Simd> = ();
-
-    #[inline(always)]
-    fn table<S: Simd>(_: S, _: &Levels) {}
-
-    #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        S::LEVEL_BIAS - 128
-    }
-
-    #[inline(always)]
-    fn dot<S: Simd, const MR: usize>(
-        s: S,
-        _: (),
-        zero: S::I32,
-        lines: &[[u8; BYTES]],
-        x: &[CodedBlock; MR],
-    ) -> [S::I32; MR] {
-        let mut sums = start(s, zero, x);
-        for (i, line) in lines[..Self::LINES].iter().enumerate() {
-            let levels = s.levels(s.flip_top_bits(s.load_bytes(line)));
-            for r in 0..MR {
-                sums[r] = s.pin_levels(s.dot_levels(sums[r], levels, s.splat4(&x[r].quads[i])));
-            }
-        }
-        sums
-    }
-}
-
-#[inline(always)]
-fn start<S: Simd, const MR: usize>(s: S, zero: S::I32, x: &[CodedBlock; MR]) -> [S::I32; MR] {
-    let mut sums = [zero; MR];
-    for r in 0..MR {
-        sums[r] = s.start_levels(zero, pair(s, x[r].pair));
-    }
-    sums
-}
-
-/// The sums of a block's codes, in every lane.
-#[inline(always)]
-fn pair<S: Simd>(s: S, pair: [i16; 2]) -> S::I32 {
-    s.splat_i32(both_halves(pair))
-}
-
-/// Two 16-bit integers in one lane.
-#[inline(always)]
-fn both_halves([low, high]: [i16; 2]) -> i32 {
-    i32::from(low) & 0xffff | i32::from(high) << 16
-}
-
-/// The kernel for codes `C`, `MR` rows at a time.
-pub(super) fn run<S: Simd, C: Codes, const MR: usize>(tile: &Tile) {
+fn run<S: Simd, C: Codes, const MR: usize>(tile: &Tile) {
     if let (Some(s), Body::Grid(grid)) = (S::new(), &tile.weight.body) {
         Scratch::with(|scratch| s.vectorize(Run::<C, MR> { tile, grid, scratch, codes: PhantomData }));
-    }
-}
-
-/// The kernel for tables, `MR` rows at a time: the narrow one where there is one and levels allow it.
-pub(super) fn run_table<S: Simd, const MR: usize>(tile: &Tile) {
-    match &tile.weight.body {
-        Body::Grid(grid) if S::ISA == Isa::Avx2 && Narrow4::fits(grid) => run::<S, Narrow4, MR>(tile),
-        _ => run::<S, Table4, MR>(tile),
     }
 }
 
@@ -282,66 +64,172 @@ impl<C: Codes, const MR: usize> SimdOp for Run<'_, C, MR> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let Run { tile, grid, scratch, .. } = self;
+        let blocks = tile.x.blocks();
         for panel in tile.panels.clone() {
-            scratch.fill(s, grid, panel);
+            scratch.fill(s, grid, panel, S::MULTIPLIES);
             for zero in scratch.zeros.as_flattened_mut() {
-                *zero = both_halves([-(*zero + C::shift::<S>()) as i16; 2]);
+                *zero = twice(-(*zero + C::shift::<S>()));
             }
-            let int = Int::<C> { tile, grid, scratch: &*scratch, codes: PhantomData };
-            for row in tile.rows.clone().step_by(MR) {
-                int.rows::<S, MR>(s, panel, row);
+            let table = C::table(s, &grid.levels);
+            let packed: &[[u8; BYTES]] = &grid.codes.as_chunks().0[panel * blocks * C::LINES..][..blocks * C::LINES];
+            if MR == 1 {
+                for row in tile.rows.clone() {
+                    let start = [s.splat(0.0); MR];
+                    let part = Part::<C> { tile, grid, scratch: &*scratch, codes: PhantomData };
+                    let sums = part.rows::<S, MR, false>(s, table, packed, 0..blocks, row, start);
+                    part.finish::<S, MR>(s, panel, row, sums);
+                }
+                continue;
+            }
+            scratch.sums.resize(tile.rows.len().next_multiple_of(MR), Default::default());
+            let mut first = 0;
+            // Once even without any block.
+            while first == 0 || first < blocks {
+                let slab = first..blocks.min(first + SLAB);
+                let packed = &packed[slab.start * C::LINES..slab.end * C::LINES];
+                if C::DECODES {
+                    decode::<S, C>(s, table, packed, &mut scratch.lines);
+                }
+                for row in tile.rows.clone().step_by(MR) {
+                    let at = row - tile.rows.start;
+                    let mut sums = [s.splat(0.0); MR];
+                    if first > 0 {
+                        for r in 0..MR {
+                            sums[r] = s.load(&scratch.sums[at + r]);
+                        }
+                    }
+                    let part = Part::<C> { tile, grid, scratch: &*scratch, codes: PhantomData };
+                    let lines = if C::DECODES { &scratch.lines } else { packed };
+                    sums = part.rows::<S, MR, true>(s, table, lines, slab.clone(), row, sums);
+                    if slab.end == blocks {
+                        part.finish::<S, MR>(s, panel, row, sums);
+                    } else {
+                        for r in 0..MR {
+                            s.store(sums[r], &mut scratch.sums[at + r]);
+                        }
+                    }
+                }
+                first += SLAB;
             }
         }
     }
 }
 
+/// Bytes of one quad of K a line.
+#[inline(always)]
+fn decode<S: Simd, C: Codes>(s: S, table: C::Table<S>, packed: &[[u8; BYTES]], lines: &mut Vec<[u8; BYTES]>) {
+    lines.resize(2 * packed.len(), [0; BYTES]);
+    for at in 0..packed.len() {
+        let [low, high] = C::decode(s, table, s.load_bytes(&packed[at]));
+        s.store_bytes(low, &mut lines[2 * at]);
+        s.store_bytes(high, &mut lines[2 * at + 1]);
+    }
+}
+
 /// One panel, ready for its activation rows.
-struct Int<'a, C> {
+struct Part<'a, C> {
     tile: &'a Tile<'a>,
     grid: &'a Grid,
     scratch: &'a Scratch,
     codes: PhantomData<C>,
 }
 
-impl<C: Codes> Int<'_, C> {
+impl<C: Codes> Part<'_, C> {
+    /// Adds the blocks of `slab` to the sums of `MR` rows; `lines` are the slab's, decoded or not.
     #[inline(always)]
-    fn rows<S: Simd, const MR: usize>(&self, s: S, panel: usize, row: usize) {
-        let (tile, grid) = (self.tile, self.grid);
-        let (x, blocks) = (tile.x.coded_tile::<MR>(row), tile.x.blocks());
-        let lines: &[[u8; BYTES]] = &grid.codes.as_chunks().0[panel * blocks * C::LINES..][..blocks * C::LINES];
-        let table = C::table(s, &grid.levels);
-        let (Scratch { scales, zeros, mins }, mask) = (self.scratch, self.scratch.mask());
-        let mut sums = [s.splat(0.0); MR];
+    fn rows<S: Simd, const MR: usize, const DECODED: bool>(
+        &self,
+        s: S,
+        table: C::Table<S>,
+        lines: &[[u8; BYTES]],
+        slab: Range<usize>,
+        row: usize,
+        mut sums: [S::F32; MR],
+    ) -> [S::F32; MR] {
+        let x = &self.tile.x.coded_tile::<MR>(row)[slab.clone()];
+        let Scratch { numbers, integers, zeros, .. } = self.scratch;
+        let (every_zero, every_integer) = (mask(zeros), mask(integers));
+        let group_blocks = self.grid.group_blocks;
+        let per_block = if DECODED { QUADS } else { C::LINES };
+        let mut group = slab.start / group_blocks;
+        let mut at = 0;
         // Indices instead of zipped iterators, whose calls are not always inlined here.
-        for group in 0..grid.groups {
-            let (scale, zero) = (&scales[group], s.load_i32(&zeros[group & mask]));
-            let first = group * grid.group_blocks;
-            for block in first..blocks.min(first + grid.group_blocks) {
-                let (lines, x) = (&lines[block * C::LINES..][..C::LINES], &x[block]);
+        while at < slab.len() {
+            let end = slab.len().min((group + 1) * group_blocks - slab.start);
+            let integer = s.load_i32(&integers[group & every_integer]);
+            let zero = s.load_i32(&zeros[group & every_zero]);
+            for block in at..end {
+                let (lines, x) = (&lines[block * per_block..][..per_block], &x[block]);
                 if MR == 1 {
                     prefetch(s, lines);
                 }
-                let dots = C::dot::<S, MR>(s, table, zero, lines, x);
+                let mut totals = [integer; MR];
+                for part in 0..C::Sum::PARTS {
+                    let mut dots = [C::Sum::start(s, zero, integer, &x[0], part); MR];
+                    for r in 1..MR {
+                        dots[r] = C::Sum::start(s, zero, integer, &x[r], part);
+                    }
+                    let lines = &lines[part * per_block / C::Sum::PARTS..][..per_block / C::Sum::PARTS];
+                    let quad = part * QUADS / C::Sum::PARTS;
+                    for i in 0..lines.len() {
+                        let bytes = s.load_bytes(&lines[i]);
+                        if DECODED || C::LINES == QUADS {
+                            let bytes = if C::DECODES { bytes } else { C::decode(s, table, bytes)[0] };
+                            let bytes = C::Sum::bytes(s, bytes);
+                            for r in 0..MR {
+                                dots[r] = C::Sum::dot(s, dots[r], bytes, s.splat4(&x[r].quads[quad + i]), integer);
+                            }
+                        } else {
+                            let [low, high] = C::decode(s, table, bytes);
+                            let (low, high) = (C::Sum::bytes(s, low), C::Sum::bytes(s, high));
+                            for r in 0..MR {
+                                let quads = &x[r].quads;
+                                dots[r] = C::Sum::dot(s, dots[r], low, s.splat4(&quads[quad + 2 * i]), integer);
+                                dots[r] = C::Sum::dot(s, dots[r], high, s.splat4(&quads[quad + 2 * i + 1]), integer);
+                            }
+                        }
+                    }
+                    for r in 0..MR {
+                        let total = C::Sum::total(s, dots[r], integer);
+                        totals[r] = if part == 0 { total } else { s.add_i32(totals[r], total) };
+                    }
+                }
                 for r in 0..MR {
-                    let part = s.mul(s.to_f32(dots[r]), s.splat(x[r].scale));
-                    sums[r] = s.fma(s.load(scale), part, sums[r]);
+                    let mut part = s.to_f32(totals[r]);
+                    // Without numbers the integers were multiplied in already.
+                    if let Some(number) = numbers.get(group) {
+                        part = s.mul(part, s.load(number));
+                    }
+                    sums[r] = s.fma(part, s.splat(x[r].scale), sums[r]);
                 }
             }
+            at = end;
+            group += 1;
         }
-        for group in 0..mins.len() {
-            let first = group * grid.group_blocks;
+        sums
+    }
+
+    /// Second level, minimums, and what all kernels add; stores the rows that there are.
+    #[inline(always)]
+    fn finish<S: Simd, const MR: usize>(&self, s: S, panel: usize, row: usize, mut sums: [S::F32; MR]) {
+        let (x, group_blocks) = (self.tile.x.coded_tile::<MR>(row), self.grid.group_blocks);
+        for r in 0..MR {
+            sums[r] = s.mul(sums[r], s.load(&self.scratch.factor));
+        }
+        for group in 0..self.scratch.mins.len() {
+            let first = group * group_blocks;
             let mut x_sums = [0.0; MR];
-            for block in first..blocks.min(first + grid.group_blocks) {
+            for block in first..x.len().min(first + group_blocks) {
                 for r in 0..MR {
                     x_sums[r] += x[block][r].scaled_sum();
                 }
             }
             for r in 0..MR {
-                sums[r] = s.fma(s.load(&mins[group]), s.splat(x_sums[r]), sums[r]);
+                sums[r] = s.fma(s.load(&self.scratch.mins[group]), s.splat(x_sums[r]), sums[r]);
             }
         }
-        for r in 0..MR.min(tile.rows.end - row) {
-            tile.finish(s, panel, row + r, sums[r]);
+        for r in 0..MR.min(self.tile.rows.end - row) {
+            self.tile.finish(s, panel, row + r, sums[r]);
         }
     }
 }

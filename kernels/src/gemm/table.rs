@@ -70,12 +70,12 @@ macro_rules! gemms {
     ($($(#[$when:meta])* $isa:ident $isa_word:literal, $mr:literal;)*) => {
         /// Every kernel, widest instruction set first.
         pub static GEMMS: &[GemmKernel] = &[$(
-            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", 1, $isa $isa_word, int::run::<$isa, int::Linear4, 1>),
-            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", $mr, $isa $isa_word, int::run::<$isa, int::Linear4, $mr>),
-            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", 1, $isa $isa_word, int::run_table::<$isa, 1>),
-            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $mr, $isa $isa_word, int::run_table::<$isa, $mr>),
-            $(#[$when])* gemm!(W8 "w8", I8 "i8", 1, $isa $isa_word, int::run::<$isa, int::Linear8, 1>),
-            $(#[$when])* gemm!(W8 "w8", I8 "i8", $mr, $isa $isa_word, int::run::<$isa, int::Linear8, $mr>),
+            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", 1, $isa $isa_word, int::linear4::<$isa, 1>),
+            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", $mr, $isa $isa_word, int::linear4::<$isa, $mr>),
+            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", 1, $isa $isa_word, int::table4::<$isa, 1>),
+            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $mr, $isa $isa_word, int::table4::<$isa, $mr>),
+            $(#[$when])* gemm!(W8 "w8", I8 "i8", 1, $isa $isa_word, int::linear8::<$isa, 1>),
+            $(#[$when])* gemm!(W8 "w8", I8 "i8", $mr, $isa $isa_word, int::linear8::<$isa, $mr>),
             $(#[$when])* gemm!(W4Lin "w4lin", F32 "f32", 1, $isa $isa_word, float::run::<$isa, float::Linear4, 1>),
             $(#[$when])* gemm!(W4Lin "w4lin", F32 "f32", $mr, $isa $isa_word, float::run::<$isa, float::Linear4, $mr>),
             $(#[$when])* gemm!(W4Tab "w4tab", F32 "f32", 1, $isa $isa_word, float::run::<$isa, float::Table4, 1>),

@@ -60,6 +60,7 @@ impl<const VNNI: bool> Ymm<VNNI> {
 impl<const VNNI: bool> Simd for Ymm<VNNI> {
     const ISA: Isa = if VNNI { Isa::AvxVnni } else { Isa::Avx2 };
     const LEVEL_BIAS: i32 = if VNNI { 128 } else { 0 };
+    const MULTIPLIES: bool = !VNNI;
 
     type F32 = [__m256; 2];
     type I32 = [__m256i; 2];
@@ -328,6 +329,15 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
     }
 
     #[inline(always)]
+    fn store_bytes(self, v: Self::Bytes, to: &mut [u8; BYTES]) {
+        let at = to.as_mut_ptr().cast::<__m256i>();
+        x86! {
+            _mm256_storeu_si256(at, v[0]);
+            _mm256_storeu_si256(at.add(1), v[1]);
+        }
+    }
+
+    #[inline(always)]
     fn splat16(self, from: &[i8; 16]) -> Self::Bytes {
         x86! { [_mm256_broadcastsi128_si256(_mm_loadu_si128(from.as_ptr().cast())); 2] }
     }
@@ -372,7 +382,7 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
     #[inline(always)]
     fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum {
         if VNNI {
-            self.start_levels(factor, pair)
+            self.start_levels(factor, pair, factor)
         } else {
             // Wraps; the sum that it is part of doesn't.
             x86! { [_mm256_mullo_epi16(factor[0], pair[0]), _mm256_mullo_epi16(factor[1], pair[1])] }
@@ -385,8 +395,15 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
     }
 
     #[inline(always)]
-    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32 {
-        x86! { [_mm256_madd_epi16(factor[0], pair[0]), _mm256_madd_epi16(factor[1], pair[1])] }
+    fn start_levels(self, factor: Self::I32, pair: Self::I32, number: Self::I32) -> Self::I32 {
+        x86! {
+            let sum = [_mm256_madd_epi16(factor[0], pair[0]), _mm256_madd_epi16(factor[1], pair[1])];
+            if VNNI {
+                return sum;
+            }
+            let number = [_mm256_srai_epi32::<16>(number[0]), _mm256_srai_epi32::<16>(number[1])];
+            [_mm256_mullo_epi32(sum[0], number[0]), _mm256_mullo_epi32(sum[1], number[1])]
+        }
     }
 
     #[inline(always)]
@@ -407,14 +424,11 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
     }
 
     #[inline(always)]
-    fn nibble_total(self, sum: Self::NibbleSum) -> Self::I32 {
+    fn nibble_total(self, sum: Self::NibbleSum, number: Self::I32) -> Self::I32 {
         if VNNI {
             sum
         } else {
-            x86! {
-                let ones = _mm256_set1_epi16(1);
-                [_mm256_madd_epi16(sum[0], ones), _mm256_madd_epi16(sum[1], ones)]
-            }
+            x86! { [_mm256_madd_epi16(sum[0], number[0]), _mm256_madd_epi16(sum[1], number[1])] }
         }
     }
 
@@ -428,7 +442,7 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
     }
 
     #[inline(always)]
-    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes) -> Self::I32 {
+    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes, number: Self::I32) -> Self::I32 {
         let [w, signed] = levels;
         if VNNI {
             x86! { [_mm256_dpbusd_avx_epi32(sum[0], w[0], x[0]), _mm256_dpbusd_avx_epi32(sum[1], w[1], x[1])] }
@@ -437,7 +451,7 @@ impl<const VNNI: bool> Simd for Ymm<VNNI> {
                 // |w| <= 128 and |x| <= 127: a pair of products fits in 16 bits, and -x in 8.
                 let x = [_mm256_sign_epi8(x[0], signed[0]), _mm256_sign_epi8(x[1], signed[1])];
                 let pairs = [_mm256_maddubs_epi16(w[0], x[0]), _mm256_maddubs_epi16(w[1], x[1])];
-                self.add_i32(sum, self.nibble_total(pairs))
+                self.add_i32(sum, self.nibble_total(pairs, number))
             }
         }
     }

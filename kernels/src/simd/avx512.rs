@@ -28,6 +28,7 @@ const TO_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 impl Simd for Avx512 {
     const ISA: Isa = Isa::Avx512;
     const LEVEL_BIAS: i32 = 128;
+    const MULTIPLIES: bool = false;
 
     type F32 = __m512;
     type I32 = __m512i;
@@ -246,6 +247,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_bytes(self, v: Self::Bytes, to: &mut [u8; BYTES]) {
+        x86! { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
+    }
+
+    #[inline(always)]
     fn splat16(self, from: &[i8; 16]) -> Self::Bytes {
         x86! { _mm512_broadcast_i32x4(_mm_loadu_si128(from.as_ptr().cast())) }
     }
@@ -283,7 +289,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum {
-        self.start_levels(factor, pair)
+        self.start_levels(factor, pair, factor)
     }
 
     #[inline(always)]
@@ -292,7 +298,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32 {
+    fn start_levels(self, factor: Self::I32, pair: Self::I32, _: Self::I32) -> Self::I32 {
         x86! { _mm512_madd_epi16(factor, pair) }
     }
 
@@ -307,7 +313,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn nibble_total(self, sum: Self::NibbleSum) -> Self::I32 {
+    fn nibble_total(self, sum: Self::NibbleSum, _: Self::I32) -> Self::I32 {
         sum
     }
 
@@ -317,7 +323,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes) -> Self::I32 {
+    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes, _: Self::I32) -> Self::I32 {
         x86! { _mm512_dpbusd_epi32(sum, levels, x) }
     }
 }

@@ -34,6 +34,7 @@ fn fold<T: Copy>(mut a: [T; LANES], f: impl Fn(T, T) -> T) -> T {
 impl Simd for Scalar {
     const ISA: Isa = Isa::Scalar;
     const LEVEL_BIAS: i32 = 0;
+    const MULTIPLIES: bool = false;
 
     type F32 = [f32; LANES];
     type I32 = [i32; LANES];
@@ -241,6 +242,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn store_bytes(self, v: Self::Bytes, to: &mut [u8; BYTES]) {
+        *to = v;
+    }
+
+    #[inline(always)]
     fn splat16(self, from: &[i8; 16]) -> Self::Bytes {
         std::array::from_fn(|i| from[i % 16] as u8)
     }
@@ -277,7 +283,7 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn start_nibbles(self, factor: Self::I32, pair: Self::I32) -> Self::NibbleSum {
-        self.start_levels(factor, pair)
+        self.start_levels(factor, pair, [1; LANES])
     }
 
     #[inline(always)]
@@ -286,7 +292,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn start_levels(self, factor: Self::I32, pair: Self::I32) -> Self::I32 {
+    fn start_levels(self, factor: Self::I32, pair: Self::I32, _: Self::I32) -> Self::I32 {
         zip(factor, pair, |f, p| i32::from(f as i16) * (i32::from(p as i16) + (p >> 16)))
     }
 
@@ -303,7 +309,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn nibble_total(self, sum: Self::NibbleSum) -> Self::I32 {
+    fn nibble_total(self, sum: Self::NibbleSum, _: Self::I32) -> Self::I32 {
         sum
     }
 
@@ -313,7 +319,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes) -> Self::I32 {
+    fn dot_levels(self, sum: Self::I32, levels: Self::Levels, x: Self::Bytes, _: Self::I32) -> Self::I32 {
         std::array::from_fn(|i| {
             (4 * i..4 * i + 4).fold(sum[i], |sum, b| sum + i32::from(levels[b] as i8) * i32::from(x[b] as i8))
         })

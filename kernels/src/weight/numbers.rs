@@ -83,6 +83,19 @@ impl PackedNumbers {
         }
     }
 
+    /// The codes of one panel, less their bias, and the second level, if that is the same for all groups.
+    #[inline(always)]
+    pub(crate) fn row_coded(&self, panel: usize, groups: usize) -> Option<RowCoded<'_>> {
+        match self {
+            PackedNumbers::Coded { codes, bias, second, span } if *span >= groups && groups > 0 => Some(RowCoded {
+                codes: &codes.as_chunks().0[panel * groups..][..groups],
+                bias: *bias as i32,
+                second: &second.as_chunks().0[panel],
+            }),
+            _ => None,
+        }
+    }
+
     /// The numbers of one panel, group after group.
     #[inline(always)]
     pub(crate) fn panel(&self, panel: usize, groups: usize) -> GroupNumbers<'_> {
@@ -102,6 +115,14 @@ impl PackedNumbers {
             }
         }
     }
+}
+
+/// number = (code - bias) * second, for all groups of a panel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RowCoded<'a> {
+    pub(crate) codes: &'a [[u8; LANES]],
+    pub(crate) bias: i32,
+    pub(crate) second: &'a [f32; LANES],
 }
 
 /// Walks the groups of a panel in order.

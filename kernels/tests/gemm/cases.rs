@@ -34,14 +34,15 @@ impl Numbers {
             second: (0..n * groups.div_ceil(span)).map(|_| float(rng) / 64.0).collect(),
             span,
         };
-        match rng.random_range(0..6) {
+        match rng.random_range(0..7) {
             0 => Numbers::F16((0..count).map(|_| f16::from_f32(float(rng))).collect()),
             1 => Numbers::F32((0..count).map(|_| float(rng)).collect()),
             2 => coded(rng, 0, 255, 1),
             3 => coded(rng, -128, 127, 2),
             // A tail shorter than the span for most group counts.
             4 => coded(rng, 0, 63, 4),
-            _ => coded(rng, -31, 31, groups.max(1)),
+            5 => coded(rng, -31, 31, groups.max(1)),
+            _ => coded(rng, 0, 255, groups.max(1) + 3),
         }
     }
 
@@ -195,6 +196,19 @@ impl Weight {
         }
     }
 
+    /// A group's number and the factor that makes it a scale: a code and its second level if all groups of a row share
+    /// that, else the scale and 1.
+    fn levels_of_scale(&self, row: usize, group: usize) -> (f32, f32) {
+        let Numeric::Grid { group: width, scales, .. } = &self.numeric else { return (1.0, 1.0) };
+        let groups = self.k.div_ceil(*width);
+        match scales {
+            Numbers::Coded { codes, second, span } if *span >= groups => {
+                (f32::from(codes[row * groups + group]), second[row])
+            }
+            _ => (scales.at(row, group, groups), 1.0),
+        }
+    }
+
     pub fn group(&self) -> usize {
         match &self.numeric {
             Numeric::Grid { group, .. } => *group,
@@ -281,14 +295,16 @@ pub fn codes(x: &Activations, row: usize) -> (Vec<i8>, Vec<f32>) {
 }
 
 /// What a kernel with byte activations gives, bit for bit: exact integers in a block, zero points included, then f32:
-/// all blocks with their scales, then all groups with their minimums.
+/// all blocks with their groups' numbers, the factor of a row, then all groups with their minimums.
 pub fn exact_i8(weight: &Weight, x: &Activations, row: usize, out: usize, extra: [Option<f32>; 2]) -> f32 {
     let (codes, scales) = codes(x, row);
     let group = weight.group();
-    let (mut sum, mut mins) = (0.0f32, Vec::new());
+    let (mut sum, mut factor, mut mins) = (0.0f32, 1.0, Vec::new());
     for first in (0..weight.k).step_by(group) {
         let end = weight.k.min(first.saturating_add(group));
-        let (scale, _, min) = weight.parts(out, first);
+        let (_, _, min) = weight.parts(out, first);
+        let (number, second) = weight.levels_of_scale(out, first / group);
+        factor = second;
         let mut x_part = 0.0f32;
         for block in (first..end).step_by(BLOCK) {
             let (mut dot, mut x_sum) = (0i64, 0i64);
@@ -298,11 +314,12 @@ pub fn exact_i8(weight: &Weight, x: &Activations, row: usize, out: usize, extra:
                 x_sum += i64::from(codes[col]);
             }
             let x_scale = scales[block / BLOCK];
-            sum = scale.mul_add(dot as f32 * x_scale, sum);
+            sum = (dot as f32 * number).mul_add(x_scale, sum);
             x_part += x_scale * x_sum as f32;
         }
         mins.push((min, x_part));
     }
+    sum *= factor;
     if matches!(&weight.numeric, Numeric::Grid { zeros: Offset::Min(_), .. }) {
         sum = mins.into_iter().fold(sum, |sum, (min, x_part)| min.mul_add(x_part, sum));
     }

@@ -114,20 +114,39 @@ impl SimdOp for Probe<'_> {
                     sum = s.pin_nibbles(s.dot_nibbles(sum, codes, *x));
                 }
             }
-            seen.push(("dot_nibbles", ints(s.nibble_total(sum))));
+            for number in [1, -128, 255] {
+                let pairs = s.splat_i32(number & 0xffff | number << 16);
+                let total = s.nibble_total(sum, pairs);
+                let times = if S::MULTIPLIES { 1 } else { number };
+                seen.push(("dot_nibbles", ints(total).iter().map(|v| v.wrapping_mul(times as u32)).collect()));
+            }
         }
-        for factor in [-32768, -383, 0, 255, 32767] {
+        for (factor, number) in [(-383, 255), (0, 3), (255, -128), (383, 1)] {
             let factor = s.splat_i32(factor & 0xffff | factor << 16);
-            seen.push(("start_levels", ints(s.pin_levels(s.start_levels(factor, pair)))));
+            let pairs = s.splat_i32(number & 0xffff | number << 16);
+            let start = s.pin_levels(s.start_levels(factor, pair, pairs));
+            let times = if S::MULTIPLIES { 1 } else { number };
+            seen.push(("start_levels", ints(start).iter().map(|v| v.wrapping_mul(times as u32)).collect()));
         }
         let levels = s.levels(v);
+        let one = s.splat_i32(0x0001_0001);
         let mut dot = vi;
         let mut bias = s.splat_i32(0);
         let ones = s.levels(s.splat16(&[1; 16]));
         for x in &xs {
-            dot = s.dot_levels(dot, levels, *x);
+            dot = s.dot_levels(dot, levels, *x, one);
             // (1 + LEVEL_BIAS) * sum(x): what the bias adds is part of the contract.
-            bias = s.dot_levels(bias, ones, *x);
+            bias = s.dot_levels(bias, ones, *x, one);
+        }
+        if S::MULTIPLIES {
+            let three = s.splat_i32(0x0003_0003);
+            let zero = s.splat_i32(0);
+            let (mut single, mut triple) = (zero, zero);
+            for x in &xs {
+                single = s.dot_levels(single, levels, *x, one);
+                triple = s.dot_levels(triple, levels, *x, three);
+            }
+            assert_eq!(ints(triple), ints(single).iter().map(|v| v.wrapping_mul(3)).collect::<Vec<_>>());
         }
         let total: i32 = x.iter().map(|v| i32::from(*v)).sum();
         assert_eq!(ints(bias), [((1 + S::LEVEL_BIAS) * total) as u32; LANES], "{}: LEVEL_BIAS", S::ISA);
