@@ -23,8 +23,8 @@ fn kernels(single: bool) -> impl Iterator<Item = &'static str> {
 
 #[divan::bench(args = kernels(true), sample_size = 1, sample_count = 30)]
 fn row(bencher: Bencher, name: &str) {
-    // Larger than a last-level cache's share of one core, so that memory's pace is what is measured.
-    time(bencher, name, 1, 16384, 4096);
+    // Several times a last-level cache.
+    time(bencher, name, 1, 65536, 4096);
 }
 
 #[divan::bench(args = kernels(true), sample_size = 20, sample_count = 30)]

@@ -28,7 +28,11 @@ impl<T: Pod> Buffer<T> {
     /// Makes it `len` values long; values beyond the old length are zeros or left over from a longer past.
     pub(crate) fn resize(&mut self, len: usize) {
         let lines = (len * size_of::<T>()).div_ceil(64);
-        if lines > self.lines.len() {
+        if self.lines.is_empty() && lines > 0 {
+            // Pages that nobody has touched yet.
+            self.lines = bytemuck::zeroed_vec(lines);
+            ask_for_huge_pages(&mut self.lines);
+        } else if lines > self.lines.len() {
             self.lines.resize(lines, Line([0; 64]));
         }
         self.len = len;
@@ -38,6 +42,27 @@ impl<T: Pod> Buffer<T> {
     pub(crate) fn bytes(&self) -> usize {
         self.lines.len() * 64
     }
+}
+
+/// Least bytes that are worth huge pages.
+const HUGE: usize = 2 << 20;
+
+/// Asks for pages of 2 MiB, of which memory that is read from end to end needs 512 times fewer translations. Only a
+/// hint: without it everything works the same.
+fn ask_for_huge_pages(lines: &mut [Line]) {
+    #[cfg(target_os = "linux")]
+    if size_of_val(lines) >= HUGE {
+        let page = 4096;
+        let start = lines.as_mut_ptr().addr().next_multiple_of(page);
+        let end = lines.as_mut_ptr_range().end.addr() / page * page;
+        if start < end {
+            let at = lines.as_mut_ptr().with_addr(start);
+            // SAFETY: whole pages inside of a slice that is borrowed exclusively; the advice changes no contents.
+            unsafe { libc::madvise(at.cast(), end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = lines;
 }
 
 impl<T: Pod> Deref for Buffer<T> {

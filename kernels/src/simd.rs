@@ -264,13 +264,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
         }
     }
 
-    /// Asks for the cache line at `at`, which need not be a valid address.
+    /// Asks for the cache line at `at`, which need not be a valid address, for the second-level cache: what is used only
+    /// once needn't displace what is used again from the first.
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a prefetch is a hint that never faults, whatever the address; SSE is in the x86-64 baseline.
         unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = at;
