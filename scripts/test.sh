@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs all of them: unit and law tests, doctests, and the kernel laws once more for each
-# narrower instruction set (NIBBLE_ISA caps what a process may use). One cargo profile, so that dependencies compile once.
+# narrower instruction set (NIBBLE_ISA caps what a process may use) and for the wider ones that this CPU lacks, on an
+# emulated one (scripts/avx512_rig). One cargo profile, so that dependencies compile once; the emulated laws have their own.
 #
 #   scripts/test.sh [nextest or cargo-test arguments for the main run]
 #
@@ -41,6 +42,9 @@ for isa in scalar avx2; do
     say "kernel laws with NIBBLE_ISA=$isa"
     NIBBLE_ISA="$isa" kernel_laws
 done
+
+say "kernel laws on AVX-512 and AVX-VNNI, emulated where this CPU lacks them"
+"$REPO/scripts/avx512_rig/run.sh"
 
 if [ -s "$NIBBLE_MISSING" ]; then
     count="$(sort -u "$NIBBLE_MISSING" | wc -l)"

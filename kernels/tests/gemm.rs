@@ -8,6 +8,8 @@ mod cases;
 mod hostile;
 #[path = "gemm/products.rs"]
 mod products;
+#[path = "shared/quick.rs"]
+mod quick;
 #[path = "gemm/simd.rs"]
 mod simd;
 #[path = "gemm/table.rs"]

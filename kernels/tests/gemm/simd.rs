@@ -1,5 +1,6 @@
 //! Every operation of every instruction set gives the scalar operation's bits.
 
+use crate::quick::thin;
 use half::{bf16, f16};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, BYTES, LANES, Scalar, Simd, SimdOp};
@@ -209,7 +210,7 @@ fn inputs(rng: &mut StdRng) -> Inputs {
 #[test]
 fn every_instruction_set_gives_the_scalar_bits() {
     let mut rng = StdRng::seed_from_u64(1);
-    for case in 0..2000 {
+    for case in thin(3, 0..2000) {
         let inputs = inputs(&mut rng);
         let wanted = Scalar.vectorize(Probe(&inputs));
         for isa in Isa::usable() {
@@ -219,5 +220,30 @@ fn every_instruction_set_gives_the_scalar_bits() {
                 assert_eq!(found, wanted, "{name} on {isa}, case {case}: a {:?} b {:?}", inputs.a, inputs.b);
             }
         }
+    }
+}
+
+/// Whose code runs.
+struct Whose;
+
+impl SimdOp for Whose {
+    type Output = Isa;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) -> Isa {
+        S::ISA
+    }
+}
+
+/// A run that is for one instruction set (`NIBBLE_REQUIRE_ISA`) must not pass with a narrower one.
+#[test]
+fn the_widest_instruction_set_is_the_one_that_the_run_is_for() {
+    let cap = std::env::var("NIBBLE_ISA").unwrap_or_default();
+    let cap = Isa::ALL.into_iter().find(|isa| isa.name() == cap).unwrap_or(Isa::Avx512);
+    let widest = Isa::ALL.into_iter().filter(|isa| *isa <= cap && isa.is_present()).max().unwrap();
+    let wanted = std::env::var("NIBBLE_REQUIRE_ISA").unwrap_or(widest.name().to_owned());
+    assert_eq!(Isa::best().name(), wanted);
+    for isa in Isa::usable() {
+        assert_eq!(simd::dispatch(isa, Whose), isa, "another instruction set stood in");
     }
 }

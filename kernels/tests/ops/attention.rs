@@ -1,8 +1,11 @@
 //! Attention against a softmax in f64 over what the cache holds.
 
+use super::quick::thin;
 use super::*;
 use half::f16;
 use nibble_kernels::ops::{AttentionScratch, AttentionSpec, KvCache, KvKind};
+
+const KINDS: [KvKind; 3] = [KvKind::F32, KvKind::F16, KvKind::Int8];
 
 /// A layer and a context.
 #[derive(Debug, Clone, Copy)]
@@ -40,13 +43,10 @@ fn reference(case: &Case, scale: f32, q: &[f32], k: &[f64], v: &[f64]) -> Vec<(f
         let q = &q[(row * heads + head) * head_dim..][..head_dim];
         let position = past + row;
         let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
-        let at = |x: &'_ [f64], position: usize| {
-            let start = (position * kv_heads + head / (heads / kv_heads)) * head_dim;
-            x[start..start + head_dim].to_vec()
-        };
+        let at = |position: usize| (position * kv_heads + head / (heads / kv_heads)) * head_dim;
         let (mut scores, mut score_error) = (Vec::new(), 0.0_f64);
         for key in first..=position {
-            let products = q.iter().zip(at(k, key)).map(|(q, k)| f64::from(*q) * k * f64::from(scale));
+            let products = q.iter().zip(&k[at(key)..]).map(|(q, k)| f64::from(*q) * k * f64::from(scale));
             let size: f64 = products.clone().map(f64::abs).sum();
             let mut score: f64 = products.sum();
             // The query's scaling, a fused sum of head_dim products, the int8 scale.
@@ -65,7 +65,7 @@ fn reference(case: &Case, scale: f32, q: &[f32], k: &[f64], v: &[f64]) -> Vec<(f
         for i in 0..head_dim {
             let (mut sum, mut size) = (0.0, 0.0);
             for (key, weight) in (first..).zip(&weights) {
-                let v = at(v, key)[i];
+                let v = v[at(key) + i];
                 sum += weight * v / total;
                 size += weight * v.abs() / total;
             }
@@ -119,7 +119,7 @@ fn check(case: Case, kind: KvKind, seed: u64) {
 
 #[test]
 fn every_head_size_and_group_equals_the_reference() {
-    for (i, (heads, kv_heads, head_dim)) in [
+    let layers = [
         (1, 1, 32),
         (9, 3, 64),
         (4, 4, 40),
@@ -132,47 +132,43 @@ fn every_head_size_and_group_equals_the_reference() {
         (3, 3, 7),
         (32, 1, 16),
         (6, 2, 1),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        for (past, rows) in [(0, 1), (0, 5), (37, 1), (100, 13)] {
-            for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
-                check(Case { heads, kv_heads, head_dim, past, rows, window: None, softcap: None }, kind, i as u64);
-            }
-        }
+    ];
+    let contexts = [(0, 1), (0, 5), (37, 1), (100, 13)];
+    let cases = (layers.into_iter().enumerate())
+        .flat_map(|layer| contexts.map(|context| (layer, context)))
+        .flat_map(|case| KINDS.map(|kind| (case, kind)));
+    for (((i, (heads, kv_heads, head_dim)), (past, rows)), kind) in thin(7, cases) {
+        check(Case { heads, kv_heads, head_dim, past, rows, window: None, softcap: None }, kind, i as u64);
     }
 }
 
 #[test]
 fn long_contexts_are_merged_from_chunks() {
     // Around one block, one chunk, several, and more than 16 chunks of the least size.
-    for (i, past) in [127, 128, 129, 511, 512, 513, 1200, 9000].into_iter().enumerate() {
-        for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
-            for window in [None, Some(600)] {
-                let case = Case { heads: 4, kv_heads: 2, head_dim: 32, past, rows: 1 + i % 3, window, softcap: None };
-                check(case, kind, past as u64);
-            }
-        }
+    let cases = ([127, 128, 129, 511, 512, 513, 1200, 9000].into_iter().enumerate())
+        .flat_map(|past| KINDS.map(|kind| (past, kind)))
+        .flat_map(|case| [None, Some(600)].map(|window| (case, window)));
+    for (((i, past), kind), window) in thin(7, cases) {
+        let case = Case { heads: 4, kv_heads: 2, head_dim: 32, past, rows: 1 + i % 3, window, softcap: None };
+        check(case, kind, past as u64);
     }
 }
 
 #[test]
 fn prompts_in_blocks_equal_the_reference() {
-    for (heads, kv_heads, past, rows) in [(3, 1, 0, 70), (2, 2, 0, 150), (4, 2, 300, 40), (3, 1, 5, 33), (8, 1, 0, 129)]
-    {
-        for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
-            for window in [None, Some(1), Some(50)] {
-                check(Case { heads, kv_heads, head_dim: 24, past, rows, window, softcap: None }, kind, rows as u64);
-            }
-        }
+    let cases = [(3, 1, 0, 70), (2, 2, 0, 150), (4, 2, 300, 40), (3, 1, 5, 33), (8, 1, 0, 129)]
+        .into_iter()
+        .flat_map(|prompt| KINDS.map(|kind| (prompt, kind)))
+        .flat_map(|case| [None, Some(1), Some(50)].map(|window| (case, window)));
+    for (((heads, kv_heads, past, rows), kind), window) in thin(7, cases) {
+        check(Case { heads, kv_heads, head_dim: 24, past, rows, window, softcap: None }, kind, rows as u64);
     }
 }
 
 #[test]
 fn random_cases_equal_the_reference() {
     let mut rng = rng(77);
-    for seed in 0..30 {
+    for seed in thin(5, 0..30) {
         let (kv_heads, group) = (rng.random_range(1..4), rng.random_range(1..9));
         let case = Case {
             heads: kv_heads * group,
@@ -221,7 +217,7 @@ fn huge_values_saturate_and_scores_far_apart_stay_finite() {
     let mut k = vec![0.0; 20 * 8];
     k[3 * 8..4 * 8].fill(1e30);
     k[7 * 8..8 * 8].fill(-1e30);
-    for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
+    for kind in KINDS {
         let out = same_everywhere(|ops| {
             let mut cache = KvCache::new(kind, 1, 8, 20);
             ops.append(&mut cache, &k, &k).unwrap();
@@ -242,7 +238,7 @@ fn huge_values_saturate_and_scores_far_apart_stay_finite() {
 
 #[test]
 fn nan_in_a_value_or_key_shows_in_the_queries_that_see_it() {
-    for kind in [KvKind::F32, KvKind::F16, KvKind::Int8] {
+    for kind in KINDS {
         for in_keys in [true, false] {
             let clean = activations(&mut rng(6), 12 * 8);
             let mut spoilt = clean.clone();

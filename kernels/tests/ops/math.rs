@@ -1,5 +1,6 @@
 //! Elementary functions against f64 over the whole range of f32.
 
+use super::quick::quick;
 use super::*;
 use nibble_kernels::ops::math::Function;
 
@@ -64,9 +65,11 @@ fn bound(function: Function, x: f64) -> f64 {
     }
 }
 
-/// Every 1021st f32, the neighbourhood of 0, infinities, and the places where results change their nature.
-fn arguments() -> Vec<f32> {
-    let mut x: Vec<f32> = (0..u32::MAX / 1021).map(|i| f32::from_bits(i * 1021)).filter(|x| !x.is_nan()).collect();
+/// Every 1021st f32, the neighbourhood of 0, infinities, and the places where results change their nature; of the first
+/// and of the last one in `every`.
+fn arguments(every: usize) -> Vec<f32> {
+    let bits = (0..u32::MAX / 1021).step_by(every).map(|i| i * 1021);
+    let mut x: Vec<f32> = bits.map(f32::from_bits).filter(|x| !x.is_nan()).collect();
     for edge in [0.0_f32, f32::MIN_POSITIVE, 0.34657, 1.0, 9.01, 17.0, 20.0, 87.33, 88.7228, 88.73, 89.0, 103.97, 104.0]
     {
         for bits in edge.to_bits().saturating_sub(50)..edge.to_bits() + 50 {
@@ -74,14 +77,14 @@ fn arguments() -> Vec<f32> {
         }
     }
     // Where most arguments lie, evenly.
-    x.extend((-200_000..200_000).map(|i| i as f32 * 1e-4));
+    x.extend((-200_000..200_000).step_by(every).map(|i| i as f32 * 1e-4));
     x.extend([f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN]);
     x
 }
 
 #[test]
 fn functions_are_within_their_bound_everywhere() {
-    let x = arguments();
+    let x = arguments(if quick() { 97 } else { 1 });
     for function in Function::ALL {
         // Release builds of the portable functions are slow without fused multiply-add; a sample of it is checked bit
         // for bit below.
@@ -102,7 +105,7 @@ fn functions_are_within_their_bound_everywhere() {
 
 #[test]
 fn functions_have_the_same_bits_on_every_instruction_set() {
-    let x: Vec<f32> = arguments().into_iter().step_by(97).chain([f32::NAN, -0.0]).collect();
+    let x: Vec<f32> = arguments(97).into_iter().chain([f32::NAN, -0.0]).collect();
     for function in Function::ALL {
         same_everywhere(|ops| {
             let mut y = x.clone();
@@ -120,7 +123,9 @@ fn nan_stays_nan_and_limits_are_reached() {
                 let at = |x: f32| {
                     let mut y = vec![x; n];
                     function.apply(isa, &mut y);
-                    assert!(y.iter().all(|v| v.to_bits() == y[0].to_bits()), "all lanes agree");
+                    // Which NaN comes out isn't part of the contract.
+                    let same = |v: &f32| v.to_bits() == y[0].to_bits() || v.is_nan() && y[0].is_nan();
+                    assert!(y.iter().all(same), "all lanes agree");
                     y[0]
                 };
                 assert!(at(f32::NAN).is_nan() && at(-f32::NAN).is_nan(), "{function:?}");
