@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs a statically linked x86-64 Linux program on an emulated CPU: the CPU of Bochs, without its PC.
+"""Runs a statically linked x86-64 Linux program on an emulated CPU: that of Bochs, without the PC around it.
 
     emulate.py --emulator FILE [--cpu NAME] [--env NAME=VALUE]... PROGRAM [ARGUMENT]...
 
 FILE is the extension module of the wheel `bochscpu-python`. Of it only the C functions are used, through ctypes, so any
-Python will do. The program sees one CPU with all that NAME has (AVX-512 and AVX-VNNI included), whatever this machine is.
+Python will do. The program sees one CPU with all that NAME has, AVX-512 included, whatever this machine is.
 
 How it works:
 
@@ -14,8 +14,8 @@ How it works:
 * System calls. SYSCALL enters ring 0 at a page whose only instruction there is SYSRET. The emulator stops as it gets
   there, Python does what the kernel would, and running on returns to the program. Nothing else leaves the emulator, so
   the time goes into emulated instructions. What the program asks of the kernel is little, and an unknown call ends the
-  run. It gets no files and no network; time passes by looking at the clock and by sleeping; random numbers are always the
-  same ones.
+  run. It gets no files and no network; time passes by looking at the clock and by sleeping; random numbers are always
+  the same ones.
 * Threads. One runs until it waits (futex, sleep, yield) or ends; then the next. General registers are kept in Python,
   the others by XSAVE and XRSTOR, which the ring 0 page has too. Threads that wait for each other forever end the run.
 
@@ -77,7 +77,7 @@ class Emulator:
         # Lazy: functions of Python or of a newer libc that the module needs and this process lacks are never called.
         handle = libc.dlopen(os.fsencode(os.path.abspath(path)), 1)
         if not handle:
-            raise Failure(125, f"{path}: {libc.dlerror().decode(errors='replace')}")
+            raise Failure(125, libc.dlerror().decode(errors="replace"))
         self.lib = ctypes.CDLL(path, handle=handle)
         try:
             self._choose(cpu)
@@ -257,13 +257,6 @@ class Memory:
     def read_int(self, address, size):
         return int.from_bytes(self.read(address, size), "little")
 
-    def string(self, address):
-        text = b""
-        while b"\0" not in text:
-            text += self.read(address, PAGE - address % PAGE)
-            address += PAGE - address % PAGE
-        return text.split(b"\0")[0]
-
 
 def load(memory, path, arguments, environment):
     """Maps the program and its stack as execve would; gives (entry point, stack pointer, end of the program)."""
@@ -277,8 +270,8 @@ def load(memory, path, arguments, environment):
     base = PROGRAM_BASE if kind == 3 else 0
     end = 0
     headers = 0
-    for at in range(entries):
-        kind, _, offset, address, _, in_file, in_memory, _ = struct.unpack_from("<IIQQQQQQ", image, table + at * entry_bytes)
+    for at in range(table, table + entries * entry_bytes, entry_bytes):
+        kind, _, offset, address, _, in_file, in_memory, _ = struct.unpack_from("<IIQQQQQQ", image, at)
         if kind == 3:
             raise Failure(126, f"{path}: dynamically linked; link it with -C target-feature=+crt-static")
         if kind == 1:
@@ -387,7 +380,7 @@ class Kernel:
 
     def on_missing_page(self, address):
         if not self.memory.touch(address):
-            self.fault = f"access to {address:#x}, which isn't mapped"
+            self.fault = f"access to the page at {address & -PAGE:#x}, which isn't mapped"
             self.emulator.stop()
 
     def step(self):

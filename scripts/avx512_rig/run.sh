@@ -25,22 +25,34 @@ ISA_LAW=simd::the_widest_instruction_set_is_the_one_that_the_run_is_for
 
 # The instructions as /proc/cpuinfo calls them, and a CPU to emulate: one that has AVX-VNNI beside AVX-512, so that its
 # kernels are compared with all others, and one that has AVX-VNNI alone.
-flags() { [ "$1" = avx512 ] && echo "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni" || echo "avx2 fma f16c avx_vnni"; }
-cpu() { [ "$1" = avx512 ] && echo sapphire_rapids || echo arrow_lake; }
+flags() {
+    case "$1" in
+    avx512) echo "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni" ;;
+    avxvnni) echo "avx2 fma f16c avx_vnni" ;;
+    esac
+}
+cpu() {
+    case "$1" in
+    avx512) echo sapphire_rapids ;;
+    avxvnni) echo arrow_lake ;;
+    esac
+}
 
 has() {
     local flag
     for flag in $(flags "$1"); do
-        grep -m1 '^flags' /proc/cpuinfo | grep -qw "$flag" || return 1
+        grep -m1 '^flags' /proc/cpuinfo 2>/dev/null | grep -qw "$flag" || return 1
     done
 }
 
-# without REASON: the laws don't run here.
+# without REASON: no CPU can be emulated here; what this one has goes on.
 without() {
-    warn "the kernel laws did NOT run with $isas: $1"
-    [ -z "${NIBBLE_MISSING:-}" ] || printf 'kernel laws with %s: %s\n' "$isas" "$1" >>"$NIBBLE_MISSING"
-    [ "${CI:-}" != true ] && [ "${NIBBLE_STRICT:-}" != 1 ] || die "kernel laws that don't run count as failures here (CI or NIBBLE_STRICT)"
-    exit 0
+    warn "the kernel laws did NOT run with$emulated: $1"
+    [ -z "${NIBBLE_MISSING:-}" ] || printf 'kernel laws with%s: %s\n' "$emulated" "$1" >>"$NIBBLE_MISSING"
+    [ "${CI:-}" != true ] && [ "${NIBBLE_STRICT:-}" != 1 ] ||
+        die "kernel laws that don't run count as failures here (CI or NIBBLE_STRICT)"
+    isas="$native" emulated=""
+    [ -n "$isas" ] || exit 0
 }
 
 emulate() { python3 "$RIG/emulate.py" --emulator "$EMULATOR/$MODULE" "$@"; }
@@ -54,7 +66,7 @@ import json, sys
 for line in sys.stdin:
     path = json.loads(line).get("executable")
     if path:
-        print(path)'
+        print(path)' | sort
 }
 
 # law ISA PROGRAM NAME: one law on an emulated CPU.
@@ -62,7 +74,8 @@ law() {
     local isa="$1" program="$2" name="$3" started=$SECONDS log
     log="$WORK/$isa.$(basename "$program").${name//:/_}"
     if emulate --cpu "$(cpu "$isa")" --env NIBBLE_ISA="$isa" --env NIBBLE_REQUIRE_ISA="$isa" --env NIBBLE_LAWS=quick \
-        "$program" --test-threads=1 --exact "$name" >"$log" 2>&1 && grep -q '^test result: ok. 1 passed; 0 failed; 0 ignored' "$log"; then
+        "$program" --test-threads=1 --exact "$name" >"$log" 2>&1 &&
+        grep -q '^test result: ok. 1 passed; 0 failed; 0 ignored' "$log"; then
         echo "$name" >>"$WORK/$isa.passed"
         note "ok      $name ($((SECONDS - started)) s)"
     else
@@ -82,10 +95,10 @@ fi
 WORK="$(mktemp -d)"
 trap 'rm -rf "$WORK"' EXIT
 isas="${*:-avx512 avxvnni}"
-emulated=""
+native="" emulated=""
 for isa in $isas; do
     case "$isa" in avx512 | avxvnni) ;; *) die "no instruction set \`$isa\`" "known: avx512 avxvnni" ;; esac
-    [ -r /proc/cpuinfo ] && has "$isa" || emulated="$emulated $isa"
+    if has "$isa"; then native="$native $isa"; else emulated="$emulated $isa"; fi
 done
 
 need_cargo
@@ -117,10 +130,11 @@ for isa in $isas; do
         continue
     fi
     say "$total kernel laws with $isa, on an emulated CPU ($(cpu "$isa"))"
-    if emulate --cpu haswell --env NIBBLE_ISA="$isa" --env NIBBLE_REQUIRE_ISA="$isa" "$gemm" --test-threads=1 --exact "$ISA_LAW" >"$WORK/control" 2>&1 ||
+    if emulate --cpu haswell --env NIBBLE_ISA="$isa" --env NIBBLE_REQUIRE_ISA="$isa" \
+        "$gemm" --test-threads=1 --exact "$ISA_LAW" >"$WORK/control" 2>&1 ||
         ! grep -q "right: \"$isa\"" "$WORK/control"; then
         cat "$WORK/control" >&2
-        die "the law about the instruction set does not fail on a CPU without $isa: nothing that follows would mean anything"
+        die "the law about the instruction set passes on a CPU without $isa: whatever follows would mean nothing"
     fi
     for program in $programs; do
         "$program" --list | sed -n 's/: test$//p' | sed "s|^|$program |"
