@@ -18,6 +18,8 @@ How it works:
   the same ones.
 * Threads. One runs until it waits (futex, sleep, yield) or ends; then the next. General registers are kept in Python,
   the others by XSAVE and XRSTOR, which the ring 0 page has too. Threads that wait for each other forever end the run.
+* One instruction of AVX-512 is refused by Bochs 3.0 though it is valid: a gather whose index register is one of the upper
+  16 (it takes the fifth bit of that register for a register that the instruction doesn't have). See `detour`.
 
 The exit status is the program's; 125 says that the emulator could not be used at all, 126 that the program crashed or
 asked for something that isn't there.
@@ -35,7 +37,7 @@ from ctypes import c_int, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 PAGE = 0x1000
 GUEST_BYTES = 256 << 30
 # Below the program, in guest memory: page tables, the ring 0 page, and a place for every thread's vector registers.
-PML4, PDPT, RING0 = 0x1000, 0x2000, 0x3000
+PML4, PDPT, RING0, DETOURS, SPILL = 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 XSAVE_AREAS, XSAVE_BYTES, MAX_THREADS = 0x10000, 0x1000, 256
 PROGRAM_BASE = 1 << 30  # for position-independent programs
 STACK_TOP, STACK_BYTES = 6 << 30, 8 << 20
@@ -326,7 +328,7 @@ class Kernel:
     def __init__(self, emulator, cpu, path, arguments, environment):
         self.emulator = emulator
         self.memory = memory = Memory(emulator)
-        self.fault = None
+        self.fault = self.vector = None
         self.now = 1_700_000_000 * 10**9  # ns
         self.random = 0
         self.threads = [Thread(1)]
@@ -334,7 +336,8 @@ class Kernel:
         self.last_tid = 1
         emulator.hook(emulator.stop, self.on_exception, self.on_missing_page)
 
-        memory.allow(PML4, RING0 + PAGE)
+        memory.allow(PML4, SPILL + PAGE)
+        self.detours = {}
         memory.allow(XSAVE_AREAS, XSAVE_AREAS + MAX_THREADS * XSAVE_BYTES)
         memory.write(PML4, struct.pack("<Q", PDPT | 7))
         memory.write(PDPT, struct.pack("<256Q", *(gib << 30 | 0x87 for gib in range(256))))
@@ -375,6 +378,7 @@ class Kernel:
         names = {0: "#DE division", 3: "#BP breakpoint", 6: "#UD invalid instruction", 13: "#GP general protection",
                  14: "#PF page fault", 16: "#MF x87", 17: "#AC alignment", 19: "#XM SIMD floating point"}  # fmt: skip
         where = f" at address {self.emulator.fault_address:#x}" if vector == 14 else ""
+        self.vector = vector
         self.fault = f"{names.get(vector, f'exception {vector}')} (error code {code:#x}){where}"
         self.emulator.stop()
 
@@ -389,11 +393,57 @@ class Kernel:
             self.emulator.forget_translations()
             self.memory.stale = False
         self.emulator.run()
+        while self.fault and self.detour():
+            self.emulator.run()
         if self.fault:
             raise Failure(126, f"crash: {self.fault}, instruction at {self.emulator.pc:#x} (a position-independent "
                                f"program starts at {PROGRAM_BASE:#x})")  # fmt: skip
         if self.emulator.pc != RING0:
             raise Failure(126, f"the emulator stopped at {self.emulator.pc:#x}")
+
+    def detour(self):
+        """Executes the gather that was refused, if it was one, with its index in a register below 16.
+
+        The same instruction with that register stands in a page of its own, between a store and a load of what the
+        register held, and before an invalid instruction that brings the control back.
+        """
+        after = self.emulator.pc
+        if self.vector != 6:
+            return False
+        for length, mode in ((7, 0), (8, 1), (11, 2)):  # of the displacement
+            code = self.memory.read(after - length, length)
+            prefix, p0, _, p2, opcode, modrm, sib = code[:7]
+            # EVEX map 2, VPGATHERDD to VGATHERQPD, an address with an index, which is 16 or more.
+            gathers = prefix == 0x62 and p0 & 7 == 2 and 0x90 <= opcode <= 0x93
+            if gathers and modrm >> 6 == mode and modrm & 7 == 4 and not p2 & 8:
+                break
+        else:
+            return False
+        if code not in self.detours:
+            spare = 1 if not modrm >> 3 & 7 else 0  # whatever the upper bits of the destination
+            index = 16 | (~p0 >> 3 & 8) | sib >> 3 & 7
+            start = max((end for _, end in self.detours.values()), default=DETOURS)
+            body = bytes([0x62, p0 | 0x40, code[2], p2 | 8, opcode, modrm, sib & 0xC7 | spare << 3]) + code[7:]
+            move = bytes([0x62, 0x91 | (0 if index & 8 else 0x20), 0xFD, 0x48, 0x6F, 0xC0 | spare << 3 | index & 7])
+
+            def spill(opcode, at):
+                return bytes([0x62, 0xF1, 0xFE, 0x48, opcode, spare << 3 | 5]) + struct.pack("<i", SPILL - at - 10)
+
+            text = spill(0x7F, start) + move + body
+            text += spill(0x6F, start + len(text)) + b"\x0f\x0b"
+            if start + len(text) > DETOURS + PAGE:
+                raise Failure(126, "more refused gathers than one page holds")
+            self.memory.write(start, text)
+            self.detours[code] = (start, start + len(text))
+        start, end = self.detours[code]
+        self.fault = None
+        self.emulator.pc = start
+        self.emulator.run()
+        if self.vector != 6 or self.emulator.pc != end:
+            return False
+        self.fault = None
+        self.emulator.pc = after
+        return True
 
     def run(self):
         while True:
