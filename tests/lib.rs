@@ -4,4 +4,6 @@
 mod architecture;
 mod assets;
 mod bridge;
+mod fetched;
+mod oracle;
 mod tokens;

@@ -3,7 +3,8 @@
 use nibble_models::{ChatTemplate, GgufVocab, Message, RenderOptions, Tokenizer};
 use nibble_quant::format::gguf::GgufSource;
 
-use crate::assets::{asset, oracle};
+use crate::assets::asset;
+use crate::fetched::oracle;
 
 const GOLDEN: &str = include_str!("goldens/smollm2_tokens.json");
 

@@ -1,11 +1,14 @@
 //! Whole processes: what a user types, what comes out, and with which exit code.
 //!
-//! Models are tiny random checkpoints with a tokenizer of single bytes; both are made here.
+//! Most models are tiny random checkpoints with a tokenizer of single bytes; both are made here.
 
+#[path = "../assets.rs"]
+mod assets;
 mod chain;
 mod conversation;
 mod damage;
 mod interrupt;
 mod json;
+mod smollm2;
 mod support;
 mod usage;
