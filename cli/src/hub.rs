@@ -1,7 +1,7 @@
 //! A checkpoint by the word that names it: a path, or `ORG/NAME` on the hub.
 
 use crate::progress::Meter;
-use crate::session::{STOPPED, Session};
+use crate::session::Session;
 use anyhow::{Context as _, Result, bail};
 use nibble_models::hub::{self, HubEvent, HubOptions};
 use std::path::{Path, PathBuf};
@@ -17,23 +17,19 @@ pub fn checkpoint(session: &Session, name: &str) -> Result<PathBuf> {
         bail!("{name}: no such file or folder, and no ORG/NAME on the hub either");
     };
     let meter = Meter::new(session, "download", "files");
-    let mut progress = |event: HubEvent| {
-        match event {
-            HubEvent::Start { bytes, done, .. } => {
-                meter.begin(1, bytes);
-                meter.add_bytes(done);
-            }
-            HubEvent::Bytes(bytes) => meter.add_bytes(bytes),
-            HubEvent::Verified { file } => meter.remark(&format!("{repo}: {file} is whole")),
-            HubEvent::Retry { file } => meter.remark(&format!("{repo}: the connection broke; {file} goes on soon")),
+    let mut progress = |event: HubEvent| match event {
+        HubEvent::Start { bytes, done, .. } => {
+            meter.begin(1, bytes);
+            meter.add_bytes(done);
         }
-        if session.stopped() {
-            // A transfer can be ended anywhere: the next one goes on from the bytes that are there.
-            crate::output::restore_terminal();
-            std::process::exit(STOPPED.into());
-        }
+        HubEvent::Bytes(bytes) => meter.add_bytes(bytes),
+        HubEvent::Verified { file } => meter.remark(&format!("{repo}: {file} is whole")),
+        HubEvent::Retry { file } => meter.remark(&format!("{repo}: the connection broke; {file} goes on soon")),
     };
-    hub::fetch(&HubOptions::from_env()?, repo, revision, &mut progress)
+    let options = HubOptions::from_env()?;
+    // A transfer can be ended anywhere, also while it waits: the next one goes on from the bytes that are there.
+    session
+        .may_end(|| hub::fetch(&options, repo, revision, &mut progress))
         .with_context(|| format!("{name}: no such file or folder, and it can't be had from the hub"))
 }
 

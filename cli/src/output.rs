@@ -31,7 +31,10 @@ impl Table {
         };
         let numeric = |c: usize| {
             !self.rows.is_empty()
-                && self.rows.iter().all(|r| cell(r, c).chars().next().is_none_or(|f| f.is_ascii_digit() || f == '-'))
+                && self.rows.iter().map(|r| cell(r, c)).all(|cell| {
+                    // What lost nothing stands among figures of what was lost.
+                    cell == "exact" || cell.chars().next().is_none_or(|f| f.is_ascii_digit() || f == '-')
+                })
         };
         let shape: Vec<(usize, bool)> = (0..columns).map(|c| (width(c), numeric(c))).collect();
         let line = |cells: &Vec<String>| {

@@ -5,6 +5,7 @@
 use crate::output;
 use crate::session::Session;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nibble_quant::convert::{Progress, Stage};
 use nibble_quant::manifest::TensorRecord;
 use std::io::IsTerminal;
 use std::sync::Mutex;
@@ -18,7 +19,6 @@ pub struct Meter {
     what: &'static str,
     things: &'static str,
     kind: Kind,
-    started: Instant,
     state: Mutex<State>,
 }
 
@@ -28,13 +28,21 @@ enum Kind {
     Bar(ProgressBar),
 }
 
-#[derive(Default)]
 struct State {
+    /// What is done to the bytes, where no things are counted.
+    doing: &'static str,
+    started: Instant,
     things: u64,
     of_things: u64,
     bytes: u64,
     of_bytes: u64,
     said: Option<Instant>,
+}
+
+impl State {
+    fn new(doing: &'static str, of_things: u64, of_bytes: u64) -> State {
+        State { doing, started: Instant::now(), things: 0, of_things, bytes: 0, of_bytes, said: None }
+    }
 }
 
 impl Meter {
@@ -49,16 +57,26 @@ impl Meter {
             }
             () => Kind::Lines,
         };
-        Meter { what, things, kind, started: Instant::now(), state: Mutex::default() }
+        Meter { what, things, kind, state: Mutex::new(State::new("", 0, 0)) }
     }
 
     /// Says how much there is to do; 0 bytes if bytes say nothing about the work.
     pub fn begin(&self, things: u64, bytes: u64) {
-        self.change(|state| *state = State { of_things: things, of_bytes: bytes, ..State::default() });
+        self.restart(State::new("", things, bytes));
+    }
+
+    /// Says that a stretch of work begins in which only bytes count, such as `hashing`.
+    pub fn begin_bytes(&self, doing: &'static str, bytes: u64) {
+        self.restart(State::new(doing, 0, bytes));
+    }
+
+    fn restart(&self, state: State) {
         if let Kind::Bar(bar) = &self.kind {
-            bar.set_length(if bytes > 0 { bytes } else { things });
+            bar.set_position(0);
+            bar.set_length(if state.of_bytes > 0 { state.of_bytes } else { state.of_things });
             bar.enable_steady_tick(Duration::from_millis(200));
         }
+        self.change(|old| *old = state);
     }
 
     /// Says that more bytes are done.
@@ -86,7 +104,7 @@ impl Meter {
             }
             Kind::Lines => {
                 let line = self.change(|state| {
-                    let due = state.said.unwrap_or(self.started).elapsed() >= LINE_EVERY;
+                    let due = state.said.unwrap_or(state.started).elapsed() >= LINE_EVERY;
                     due.then(|| {
                         state.said = Some(Instant::now());
                         self.line(state)
@@ -113,10 +131,13 @@ impl Meter {
         act(&mut self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
-    /// `12/272 tensors  410 MB/s  eta 3 s`
+    /// `12/272 tensors  410 MB/s  eta 3 s`, or `hashing 1.20 GB of 3.40 GB  410 MB/s  eta 5 s`
     fn line(&self, state: &State) -> String {
-        let seconds = self.started.elapsed().as_secs_f64().max(1e-3);
-        let mut text = format!("{}/{} {}", state.things, state.of_things, self.things);
+        let seconds = state.started.elapsed().as_secs_f64().max(1e-3);
+        let mut text = match state.doing {
+            "" => format!("{}/{} {}", state.things, state.of_things, self.things),
+            doing => format!("{doing} {} of {}", output::bytes(state.bytes), output::bytes(state.of_bytes)),
+        };
         let (done, of) = match state.of_bytes {
             0 => (state.things, state.of_things),
             of => {
@@ -133,9 +154,13 @@ impl Meter {
 }
 
 /// A conversion's course.
-impl nibble_quant::convert::Progress for Meter {
-    fn start(&self, tensors: usize, bytes: u64) {
-        self.begin(tensors as u64, bytes);
+impl Progress for Meter {
+    fn start(&self, stage: Stage, tensors: usize, bytes: u64) {
+        match stage {
+            Stage::Convert => self.begin(tensors as u64, bytes),
+            Stage::Hash => self.begin_bytes("hashing", bytes),
+            Stage::Verify => self.begin_bytes("verifying", bytes),
+        }
     }
 
     fn advance(&self, bytes: u64) {
@@ -197,6 +222,10 @@ mod tests {
         (0..3).for_each(|_| meter.add_thing("b"));
         let line = meter.change(|state| meter.line(state));
         assert!(line.starts_with("4/4 tensors") && !line.contains("eta"), "{line}");
+        meter.start(Stage::Hash, 4, 2_000);
+        meter.advance(500);
+        let line = meter.change(|state| meter.line(state));
+        assert!(line.starts_with("hashing 500 B of 2.0 kB  ") && line.contains("eta"), "{line}");
     }
 
     #[test]

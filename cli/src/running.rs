@@ -14,7 +14,6 @@ use nibble_models::tokenizer::Tokenizer;
 use nibble_models::{Model, ModelOptions};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::path::Path;
 use std::time::Instant;
 
 /// How a model is run.
@@ -146,8 +145,8 @@ struct GenerationConfig {
 }
 
 impl Sampling {
-    /// The options for a model: what was typed, else what its folder says, else the likeliest token.
-    pub fn options(&self, model: &Path) -> Result<GenerateOptions> {
+    /// The options for a model: what was typed, else what its generation_config.json says, else the likeliest token.
+    pub fn options(&self, model: &Model) -> Result<GenerateOptions> {
         let own = GenerationConfig::read(model)?;
         let neutral = SampleSettings::default();
         let own_temperature = match own.do_sample {
@@ -176,13 +175,11 @@ impl Sampling {
 }
 
 impl GenerationConfig {
-    fn read(model: &Path) -> Result<GenerationConfig> {
-        let path = model.join("generation_config.json");
-        match std::fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{}: can't be read", path.display())),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(GenerationConfig::default()),
-            Err(e) => Err(e).with_context(|| format!("{}: can't be read", path.display())),
-        }
+    fn read(model: &Model) -> Result<GenerationConfig> {
+        const NAME: &str = "generation_config.json";
+        let Some(json) = model.sidecars().json(NAME)? else { return Ok(GenerationConfig::default()) };
+        let path = model.sidecars().file(NAME);
+        serde_json::from_value(json).with_context(|| format!("{}: can't be read", path.display()))
     }
 }
 

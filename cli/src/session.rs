@@ -19,6 +19,8 @@ pub struct Global {
 
 /// Set by the first Ctrl-C (or SIGTERM); pipelines look at it between two steps.
 static STOP: AtomicBool = AtomicBool::new(false);
+/// Set while a command does what can be ended anywhere and may wait long, such as a transfer: Ctrl-C then ends the process.
+static ENDS_AT_ONCE: AtomicBool = AtomicBool::new(false);
 
 /// One run of the program.
 pub struct Session {
@@ -34,7 +36,7 @@ impl Session {
     pub fn start(global: Global) -> Result<Session> {
         nibble_kernels::Isa::check_environment()?;
         ctrlc::set_handler(|| {
-            if STOP.swap(true, Ordering::SeqCst) {
+            if STOP.swap(true, Ordering::SeqCst) || ENDS_AT_ONCE.load(Ordering::SeqCst) {
                 crate::output::restore_terminal();
                 std::process::exit(STOPPED.into());
             }
@@ -46,6 +48,14 @@ impl Session {
     /// The flag that Ctrl-C sets.
     pub fn stop(&self) -> &'static AtomicBool {
         &STOP
+    }
+
+    /// Does work that may be ended anywhere: the first Ctrl-C ends the process.
+    pub fn may_end<T>(&self, work: impl FnOnce() -> T) -> T {
+        ENDS_AT_ONCE.store(true, Ordering::SeqCst);
+        let done = work();
+        ENDS_AT_ONCE.store(false, Ordering::SeqCst);
+        done
     }
 
     /// Whether the user asked to stop.

@@ -1,14 +1,16 @@
-//! A model folder on the CPU: checkpoint, tokenizer and chat template, ready to generate.
+//! A model on the CPU: checkpoint, tokenizer and chat template, ready to generate.
 
 use crate::config::ModelConfig;
 use crate::cpu::CpuBackend;
 use crate::decoder::Decoder;
 use crate::error::{ModelError, Result};
+use crate::sidecars::Sidecars;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 use nibble_kernels::{ActKind, Pool};
-use nibble_quant::format::source::TensorSource;
+use nibble_quant::format::gguf::GgufCheckpoint;
+use nibble_quant::format::{self, TensorSource};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -37,13 +39,14 @@ impl ModelOptions {
 /// A checkpoint on the CPU.
 pub struct Model {
     path: PathBuf,
+    sidecars: Sidecars,
     decoder: Decoder<CpuBackend>,
     file_bytes: u64,
     parameters: u64,
 }
 
 impl Model {
-    /// Opens a checkpoint folder of any format that nibble reads and packs its weights.
+    /// Opens a checkpoint of any format that nibble reads, a folder or a GGUF file, and packs its weights.
     ///
     /// # Errors
     /// The folder, config.json or a tensor can't be used; the error names it.
@@ -58,20 +61,31 @@ impl Model {
     /// As [`Model::load`].
     pub fn load_on(path: impl AsRef<Path>, pool: Arc<Pool>, activations: ActKind) -> Result<Model> {
         let path = path.as_ref();
-        let source = nibble_quant::format::open(path)?;
-        Self::from_source(path, source.as_ref(), pool, activations)
+        match format::detect(path)?.name {
+            "gguf" => {
+                let source = GgufCheckpoint::open(path)?;
+                let sidecars = Sidecars::gguf(&source, "float32")?;
+                Self::pack(path, &source, sidecars, pool, activations)
+            }
+            _ => Self::pack(path, &*format::open(path)?, Sidecars::folder(path), pool, activations),
+        }
     }
 
-    /// Packs the weights of an open checkpoint whose config.json lies in `path`.
-    ///
-    /// # Errors
-    /// As [`Model::load`].
-    pub fn from_source(path: &Path, source: &dyn TensorSource, pool: Arc<Pool>, activations: ActKind) -> Result<Model> {
-        let config = ModelConfig::load(path)?;
+    fn pack(
+        path: &Path,
+        source: &dyn TensorSource,
+        sidecars: Sidecars,
+        pool: Arc<Pool>,
+        activations: ActKind,
+    ) -> Result<Model> {
+        let file = sidecars.file("config.json");
+        let json = serde_json::from_slice(&sidecars.need("config.json")?)
+            .map_err(|e| ModelError::Damaged { path: file.clone(), why: format!("not JSON: {e}") })?;
+        let config = ModelConfig::from_json(&file, &json)?;
         let decoder = Decoder::load(&config, Weights::new(source), CpuBackend::new(pool, activations))?;
         let file_bytes = source.infos().iter().map(|info| info.bytes as u64).sum();
         let parameters = source.infos().iter().map(|info| info.elements() as u64).sum();
-        Ok(Model { path: path.to_path_buf(), decoder, file_bytes, parameters })
+        Ok(Model { path: path.to_path_buf(), sidecars, decoder, file_bytes, parameters })
     }
 
     /// The decoder.
@@ -79,9 +93,14 @@ impl Model {
         &self.decoder
     }
 
-    /// The folder it was loaded from.
+    /// The folder or file it was loaded from.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Its configuration and tokenizer files.
+    pub fn sidecars(&self) -> &Sidecars {
+        &self.sidecars
     }
 
     /// Bytes of all tensors in the checkpoint.
@@ -94,22 +113,22 @@ impl Model {
         self.parameters
     }
 
-    /// The folder's tokenizer, checked against the embedding.
+    /// Its tokenizer, checked against the embedding.
     ///
     /// # Errors
     /// The files are missing or damaged, or name tokens that the model lacks.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        let tokenizer = Tokenizer::load(&self.path)?;
+        let tokenizer = Tokenizer::from_sidecars(&self.sidecars)?;
         tokenizer.check_vocab(self.decoder.config().vocab_size)?;
         Ok(tokenizer)
     }
 
-    /// The folder's chat template.
+    /// Its chat template.
     ///
     /// # Errors
     /// There is none, or it can't be read.
     pub fn chat_template(&self) -> Result<ChatTemplate> {
-        ChatTemplate::load(&self.path)?.ok_or_else(|| ModelError::Damaged {
+        ChatTemplate::from_sidecars(&self.sidecars)?.ok_or_else(|| ModelError::Damaged {
             path: self.path.clone(),
             why: "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json"
                 .to_string(),

@@ -2,14 +2,15 @@
 //!
 //! The template is the model's own, in Jinja. It sees what transformers shows it: the messages as they are, tools,
 //! `add_generation_prompt`, the special tokens, `raise_exception`, `strftime_now`, and `tojson` as Python writes JSON.
-//! A template is a stranger's program: its steps, memory and depth are bounded. One hole is known: the engine adds lists
-//! lazily and doesn't count it, so a template that doubles a list again and again can still take for ever.
+//! A template is a stranger's program: its steps, memory, depth and time are bounded. The engine counts steps and bytes;
+//! what it doesn't count, such as asking for the length of lists that were added up lazily, ends by the clock.
 
 mod json;
 mod time;
 
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, SystemTime};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
@@ -18,11 +19,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
 use crate::error::{ModelError, Result};
-use crate::tokenizer::{read_json, token_text};
+use crate::sidecars::Sidecars;
+use crate::tokenizer::token_text;
 
-/// Steps that a template may take, which also bounds its memory. A conversation of a thousand messages takes about a
-/// hundred thousand.
-const FUEL: u64 = 10_000_000;
+/// Steps that a template may take; 64 bytes that it makes count as one, which bounds its memory. A conversation of a
+/// thousand messages takes about a hundred thousand.
+const FUEL: u64 = 2_000_000;
+/// Time that a template may take. A conversation of a thousand messages takes about a tenth of a second.
+const TIME: Duration = Duration::from_secs(10);
+/// Stack of the thread that renders, of which only what is used takes memory: a list nested in itself as often as the
+/// steps allow is dropped level by level.
+const STACK: usize = 256 << 20;
 /// Nesting of blocks and macros.
 const DEPTH: usize = 200;
 /// Largest template accepted, in bytes; the largest real ones have about 20,000.
@@ -56,13 +63,17 @@ pub struct RenderOptions {
     pub tools: Option<serde_json::Value>,
     /// Further variables, such as `enable_thinking`.
     pub variables: Map<String, serde_json::Value>,
-    /// What `strftime_now` tells, in UTC.
+    /// What `strftime_now` tells.
     pub now: SystemTime,
+    /// Seconds by which its clock is ahead of UTC.
+    pub utc_offset: i32,
 }
 
 impl Default for RenderOptions {
     fn default() -> Self {
-        Self { add_generation_prompt: true, tools: None, variables: Map::new(), now: SystemTime::now() }
+        let now = SystemTime::now();
+        let utc_offset = time::local_offset(now);
+        Self { add_generation_prompt: true, tools: None, variables: Map::new(), now, utc_offset }
     }
 }
 
@@ -70,7 +81,7 @@ impl Default for RenderOptions {
 #[derive(Debug)]
 pub struct ChatTemplate {
     path: PathBuf,
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     default: String,
     special_tokens: Map<String, serde_json::Value>,
 }
@@ -82,17 +93,23 @@ impl ChatTemplate {
     /// # Errors
     /// A file can't be read or is damaged, or a template isn't valid.
     pub fn load(folder: impl AsRef<Path>) -> Result<Option<Self>> {
-        let folder = folder.as_ref();
-        let config = read_json(folder, "tokenizer_config.json")?;
-        let tokens = config.as_ref().map(|(_, value)| special_tokens(value)).unwrap_or_default();
-        let jinja = folder.join("chat_template.jinja");
-        match std::fs::read_to_string(&jinja) {
-            Ok(source) => return Self::new(&jinja, &source, tokens).map(Some),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(ModelError::Io { path: jinja, source }),
+        Self::from_sidecars(&Sidecars::folder(folder))
+    }
+
+    /// The same from a checkpoint's sidecars.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::load`].
+    pub fn from_sidecars(sidecars: &Sidecars) -> Result<Option<Self>> {
+        let config = sidecars.json("tokenizer_config.json")?;
+        let tokens = config.as_ref().map(special_tokens).unwrap_or_default();
+        if let Some(source) = sidecars.read("chat_template.jinja")? {
+            let path = sidecars.file("chat_template.jinja");
+            let source = String::from_utf8(source).map_err(|e| template_error(&path, format!("not UTF-8: {e}")))?;
+            return Self::new(&path, &source, tokens).map(Some);
         }
-        let Some((path, value)) = config else { return Ok(None) };
-        match value.get("chat_template") {
+        let path = sidecars.file("tokenizer_config.json");
+        match config.as_ref().and_then(|c| c.get("chat_template")) {
             None | Some(serde_json::Value::Null) => Ok(None),
             Some(serde_json::Value::String(source)) => Self::new(&path, source, tokens).map(Some),
             Some(list) => {
@@ -119,23 +136,18 @@ impl ChatTemplate {
         let Some(first) = named.iter().find(|t| t.name == "default").or(named.first()) else {
             return Err(template_error(path, "an empty list of templates".to_owned()));
         };
-        let mut template = Self {
-            path: path.to_path_buf(),
-            environment: environment().map_err(|e| template_error(path, describe(&e)))?,
-            default: first.name.clone(),
-            special_tokens: tokens,
-        };
+        let default = first.name.clone();
+        let mut environment = environment().map_err(|e| template_error(path, describe(&e)))?;
         for Named { name, template: source } in named {
             if source.len() > MAX_TEMPLATE_BYTES {
                 let why = format!("`{name}` has {} bytes, at most {MAX_TEMPLATE_BYTES}", source.len());
                 return Err(template_error(path, why));
             }
-            template
-                .environment
+            environment
                 .add_template_owned(name, without_generation_marks(&source))
                 .map_err(|e| template_error(path, describe(&e)))?;
         }
-        Ok(template)
+        Ok(Self { path: path.to_path_buf(), environment: Arc::new(environment), default, special_tokens: tokens })
     }
 
     /// The prompt for a conversation; `messages` are [`Message`]s or anything that serializes alike. Among named
@@ -144,14 +156,13 @@ impl ChatTemplate {
     /// # Errors
     /// The template refuses the conversation, asks for something unknown, or takes too long.
     pub fn render<M: Serialize>(&self, messages: &[M], options: &RenderOptions) -> Result<String> {
-        let fail = |e: Error| template_error(&self.path, describe(&e));
         let name = match &options.tools {
             Some(_) if self.environment.get_template("tool_use").is_ok() => "tool_use",
             _ => &self.default,
         };
-        let now = options.now;
+        let (now, offset) = (options.now, options.utc_offset);
         let strftime = Value::from_function(move |format: &str| {
-            time::strftime(now, format).map_err(|why| Error::new(ErrorKind::InvalidOperation, why))
+            time::strftime(now, offset, format).map_err(|why| Error::new(ErrorKind::InvalidOperation, why))
         });
         let mut context: Vec<(String, Value)> = vec![
             ("messages".to_owned(), Value::from(Serde(messages))),
@@ -164,7 +175,28 @@ impl ChatTemplate {
             context.push((name.clone(), Value::from(Serde(value))));
         }
         let context = Value::from_pairs(context);
-        self.environment.get_template(name).and_then(|t| t.render(context)).map_err(fail)
+        self.render_in_time(name.to_owned(), context)
+    }
+
+    /// Renders on a thread of its own. One that is still busy when the time is over is left to itself: it holds nothing
+    /// that anybody waits for, and ends with the process.
+    fn render_in_time(&self, name: String, context: Value) -> Result<String> {
+        let environment = Arc::clone(&self.environment);
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let work = move || {
+            let text = environment.get_template(&name).and_then(|t| t.render(context)).map_err(|e| describe(&e));
+            // Nobody listens any more after the time is over.
+            let _ = sender.send(text);
+        };
+        let thread = std::thread::Builder::new().name("chat template".to_owned()).stack_size(STACK);
+        thread.spawn(work).map_err(|e| template_error(&self.path, format!("can't be rendered: {e}")))?;
+        let why = match receiver.recv_timeout(TIME) {
+            Ok(Ok(text)) => return Ok(text),
+            Ok(Err(why)) => why,
+            Err(mpsc::RecvTimeoutError::Timeout) => format!("takes more than {} s", TIME.as_secs()),
+            Err(mpsc::RecvTimeoutError::Disconnected) => "the template engine failed".to_owned(),
+        };
+        Err(template_error(&self.path, why))
     }
 }
 

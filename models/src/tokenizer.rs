@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::config::Fields;
 use crate::error::{ModelError, Result};
+use crate::sidecars::Sidecars;
 
 pub use gguf::{GgufVocab, TokenizerFiles};
 pub use stream::TextStream;
@@ -39,21 +40,33 @@ impl Tokenizer {
     /// A file can't be read or is damaged; the decoder of the tokenizer is of a kind that language models don't use; a
     /// sequence ends in a token that the vocabulary lacks.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let path = folder.join("tokenizer.json");
-        if !path.exists() && folder.join("tokenizer.model").exists() {
-            let why = "missing; the folder holds only a sentencepiece `tokenizer.model`, convert it with transformers";
-            return Err(ModelError::Damaged { path, why: why.to_owned() });
-        }
-        let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
+        Self::from_sidecars(&Sidecars::folder(folder))
+    }
+
+    /// The same from a checkpoint's sidecars.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::load`].
+    pub fn from_sidecars(sidecars: &Sidecars) -> Result<Self> {
+        let path = sidecars.file("tokenizer.json");
+        let bytes = match sidecars.read("tokenizer.json")? {
+            None if sidecars.read("tokenizer.model")?.is_some() => {
+                let why =
+                    "missing; the folder holds only a sentencepiece `tokenizer.model`, convert it with transformers";
+                return Err(ModelError::Damaged { path, why: why.to_owned() });
+            }
+            None => sidecars.need("tokenizer.json")?,
+            Some(bytes) => bytes,
+        };
         let mut tokenizer = Self::from_json(&path, &bytes)?;
         for name in ["generation_config.json", "config.json"] {
-            if let Some((file, value)) = read_json(folder, name)? {
-                tokenizer.add_ids(&Fields::new(&file, &value)?)?;
+            if let Some(value) = sidecars.json(name)? {
+                tokenizer.add_ids(&Fields::new(&sidecars.file(name), &value)?)?;
             }
         }
-        if let Some((file, value)) = read_json(folder, "tokenizer_config.json")? {
-            tokenizer.add_names(&Fields::new(&file, &value)?)?;
+        let name = "tokenizer_config.json";
+        if let Some(value) = sidecars.json(name)? {
+            tokenizer.add_names(&Fields::new(&sidecars.file(name), &value)?)?;
         }
         Ok(tokenizer)
     }
@@ -203,20 +216,6 @@ fn check_json(bytes: &[u8]) -> Result<(), String> {
                 .to_owned())
         }
         false => Ok(()),
-    }
-}
-
-/// A JSON file of a folder with its path; `None` where the folder lacks it.
-pub(crate) fn read_json(folder: &Path, name: &str) -> Result<Option<(PathBuf, Value)>> {
-    let path = folder.join(name);
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(ModelError::Io { path, source }),
-    };
-    match serde_json::from_slice(&bytes) {
-        Ok(value) => Ok(Some((path, value))),
-        Err(e) => Err(ModelError::Damaged { path, why: format!("not JSON: {e}") }),
     }
 }
 

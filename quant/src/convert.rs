@@ -15,9 +15,9 @@ mod verify;
 
 pub use diff::{Difference, diff};
 pub use engine::{Options, Report};
-pub use import::{ImportOptions, import_gguf};
+pub use import::import_gguf;
 pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
-pub use progress::{Progress, Silent};
+pub use progress::{Progress, Silent, Stage};
 pub use recipe::{Importance, plan};
 pub use sidecars::sidecars;
 pub use verify::{Verified, verify};
@@ -32,7 +32,8 @@ use std::path::{Path, PathBuf};
 ///
 /// # Errors
 /// If input and output overlap, the disk is too small, a value isn't finite, the work was stopped, or a file can't be
-/// read or written. The output folder then doesn't exist (or is as it was before).
+/// read or written. The output folder then doesn't exist (or is as it was before); a partial folder is left beside it
+/// where resuming makes sense, and the progress is told so.
 pub fn quantize(
     plan: &Plan,
     source: &dyn TensorSource,
@@ -42,8 +43,7 @@ pub fn quantize(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let made = Made { by: "quantize", recipe: recipe.to_owned(), seed: options.seed };
-    let sidecars = sidecars(source.path())?;
-    Engine { source, items: &plan.items, made, options, progress }.run(out, &sidecars, &[], |dir| verify(dir).map(drop))
+    Engine { source, items: &plan.items, made, options, progress }.run(out)
 }
 
 /// A sidecar: where it is, and its path in the folder.

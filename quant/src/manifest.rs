@@ -1,5 +1,6 @@
 //! `manifest.json`: what a checkpoint folder should hold, so that `verify` can tell.
 
+use crate::QuantError;
 use crate::error::Result;
 use crate::format::{MappedFile, damaged, io_error};
 use serde::{Deserialize, Serialize};
@@ -63,6 +64,9 @@ pub struct TensorRecord {
     pub bytes: u64,
     /// Bits per weight.
     pub bits_per_weight: f64,
+    /// Whether the output holds codes for it.
+    #[serde(default)]
+    pub quantized: bool,
     /// 10 log10 of signal over error power; absent where nothing was lost or nothing was quantized.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub sqnr_db: Option<f64>,
@@ -101,14 +105,14 @@ impl Manifest {
         Ok(text)
     }
 
-    /// Compares every file with its record.
+    /// Compares every file with its record; `each` is told of the bytes that were read and says whether to go on.
     ///
     /// # Errors
-    /// Names the first file that is missing or differs.
-    pub fn check_files(&self, dir: &Path) -> Result<()> {
+    /// Names the first file that is missing or differs; [`QuantError::Stopped`].
+    pub fn check_files(&self, dir: &Path, each: &(dyn Fn(u64) -> bool + Sync)) -> Result<()> {
         for (name, wanted) in &self.files {
             let path = dir.join(name);
-            let found = FileRecord::of(&path)?;
+            let found = FileRecord::of(&path, each)?;
             if found.bytes != wanted.bytes {
                 return Err(damaged(&path, format!("{} bytes, the manifest says {}", found.bytes, wanted.bytes)));
             }
@@ -122,11 +126,11 @@ impl Manifest {
 }
 
 impl FileRecord {
-    /// Measures a file.
+    /// Measures a file; `each` is told of the bytes that were read and says whether to go on.
     ///
     /// # Errors
-    /// If it can't be read.
-    pub fn of(path: &Path) -> Result<Self> {
+    /// If it can't be read; [`QuantError::Stopped`].
+    pub fn of(path: &Path, each: &(dyn Fn(u64) -> bool + Sync)) -> Result<Self> {
         let file = MappedFile::open(path)?;
         let bytes = file.bytes()?;
         let mut hash = Sha256::new();
@@ -135,6 +139,9 @@ impl FileRecord {
         for (at, chunk) in bytes.chunks(STEP).enumerate() {
             hash.update(chunk);
             file.release(at * STEP..at * STEP + chunk.len());
+            if !each(chunk.len() as u64) {
+                return Err(QuantError::Stopped);
+            }
         }
         Ok(Self { bytes: bytes.len() as u64, sha256: hex(&hash.finalize()) })
     }

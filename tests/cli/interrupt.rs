@@ -4,7 +4,7 @@ use crate::support::{Ended, Place, finish};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-fn signal(child: &Child, name: &str) {
+pub fn signal(child: &Child, name: &str) {
     let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", child.id())).status().unwrap();
     assert!(sent.success(), "kill -{name}");
 }

@@ -4,10 +4,10 @@ use super::{largest_difference, oracle};
 use crate::assets::asset;
 use nibble_models::backend::KvKind;
 use nibble_models::decoder::ContextPlan;
-use nibble_models::{Model, ModelOptions, argmax};
-use nibble_quant::convert::{ImportOptions, Options, Silent, import_gguf};
+use nibble_models::{Model, ModelOptions, Sidecars, argmax};
+use nibble_quant::convert::{Options, Silent, import_gguf};
 use nibble_quant::format::Dtype;
-use nibble_quant::format::gguf::GgufSource;
+use nibble_quant::format::gguf::GgufCheckpoint;
 
 /// Two greedy continuations, by scripts/goldens/greedy.py.
 const GOLDEN: &str = include_str!("../goldens/smollm2_greedy.json");
@@ -25,8 +25,10 @@ fn smollm2_is_candles_llama_on_the_same_weights() {
     let Some(gguf) = asset("smollm2", "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") else { return };
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("smollm2");
-    let import = ImportOptions { dtype: Dtype::F32, write: Options::default(), extra: Vec::new() };
-    import_gguf(&GgufSource::open(&gguf).unwrap(), &dir, &import, &Silent).unwrap();
+    let source = GgufCheckpoint::open(&gguf).unwrap();
+    let extra = Sidecars::gguf(&source, "float32").unwrap().into_files();
+    let options = Options { extra, ..Options::default() };
+    import_gguf(&source, Dtype::F32, &dir, &options, &Silent).unwrap();
     let model = Model::load(&dir, &ModelOptions { threads: Some(2), ..ModelOptions::exact() }).unwrap();
     let decoder = model.decoder();
     let golden: serde_json::Value = serde_json::from_str(GOLDEN).unwrap();

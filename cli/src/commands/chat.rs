@@ -51,7 +51,7 @@ impl Run for Chat {
     fn run(self, session: &Session) -> Result<()> {
         let speaker = self.running.load(session, &self.checkpoint)?;
         let template = speaker.model.chat_template()?;
-        let options = self.sampling.options(speaker.model.path())?;
+        let options = self.sampling.options(&speaker.model)?;
         let decoder = speaker.model.decoder();
         let limit = decoder.config().max_positions;
         let capacity = self.ctx.unwrap_or(DEFAULT_CONTEXT.min(limit)).min(limit);

@@ -128,7 +128,7 @@ fn beginning(tokenizer: &Tokenizer) -> Result<Option<u32>> {
 /// Refuses a reference that reads the text as other tokens: its predictions would be about something else.
 fn same_tokens(reference: &Model, text: &str, tokens: &[u32]) -> Result<()> {
     let path = reference.path();
-    if path.join("tokenizer.json").is_file() && reference.tokenizer()?.encode(text, false)? != tokens {
+    if reference.sidecars().read("tokenizer.json")?.is_some() && reference.tokenizer()?.encode(text, false)? != tokens {
         bail!("{}: its tokenizer reads the text as other tokens than the model's", path.display());
     }
     Ok(())

@@ -47,7 +47,7 @@ impl Run for Generate {
         let prompt = self.prompt()?;
         let speaker = self.running.load(session, &self.checkpoint)?;
         let tokens = self.tokens(&speaker, &prompt)?;
-        let options = self.sampling.options(speaker.model.path())?;
+        let options = self.sampling.options(&speaker.model)?;
         let decoder = speaker.model.decoder();
         let limit = self.ctx.unwrap_or(decoder.config().max_positions);
         let wanted = tokens.len().saturating_add(options.max_tokens);

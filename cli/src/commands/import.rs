@@ -7,9 +7,9 @@ use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::Result;
 use clap::ValueEnum;
-use nibble_models::tokenizer::GgufVocab;
-use nibble_quant::convert::{self, ImportOptions, Options};
-use nibble_quant::format::gguf::GgufSource;
+use nibble_models::Sidecars;
+use nibble_quant::convert::{self, Options};
+use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{Dtype, OutputOptions};
 use serde_json::json;
 use std::path::PathBuf;
@@ -49,27 +49,20 @@ enum Float {
 impl Run for Import {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
-        let source = GgufSource::open(&self.file)?;
-        let files = GgufVocab::from_metadata(&self.file, source.metadata())?.to_files()?;
-        let text = |value: &serde_json::Value| format!("{value:#}\n").into_bytes();
-        let options = ImportOptions {
-            dtype: match self.dtype {
-                Float::F32 => Dtype::F32,
-                Float::F16 => Dtype::F16,
-                Float::Bf16 => Dtype::BF16,
-            },
-            write: Options {
-                output: OutputOptions { force: self.force, resume: self.resume },
-                stop: Some(session.stop()),
-                ..Options::default()
-            },
-            extra: vec![
-                (PathBuf::from("tokenizer.json"), text(&files.tokenizer)),
-                (PathBuf::from("tokenizer_config.json"), text(&files.tokenizer_config)),
-            ],
+        let source = GgufCheckpoint::open(&self.file)?;
+        let (dtype, name) = match self.dtype {
+            Float::F32 => (Dtype::F32, "float32"),
+            Float::F16 => (Dtype::F16, "float16"),
+            Float::Bf16 => (Dtype::BF16, "bfloat16"),
+        };
+        let options = Options {
+            output: OutputOptions { force: self.force, resume: self.resume },
+            stop: Some(session.stop()),
+            extra: Sidecars::gguf(&source, name)?.into_files(),
+            ..Options::default()
         };
         let meter = Meter::new(session, "import", "tensors");
-        let report = convert::import_gguf(&source, &self.output, &options, &meter)?;
+        let report = convert::import_gguf(&source, dtype, &self.output, &options, &meter)?;
         drop(meter);
         if session.json {
             return output::json(&json!({

@@ -8,16 +8,19 @@ use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::Result;
+use nibble_models::Sidecars;
 use nibble_quant::convert::{self, Importance, Options, Plan, Report};
-use nibble_quant::format::{self, OutputOptions};
+use nibble_quant::format::gguf::GgufCheckpoint;
+use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
 use nibble_quant::manifest::TensorRecord;
 use serde::Serialize;
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Quantize a checkpoint: linear layers to --scheme, embedding and output head to 8 bits, the rest as it is
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: nibble quantize SmolLM2-135M-Instruct -o smol-int4
+Example: nibble quantize MODEL.gguf -o smol-int4
 Example: nibble quantize ORG/NAME -o small --scheme int4-g64 --keep '*.layers.0.*' --dry-run
 
 The output appears under its name only when it is whole and verified. A run that was stopped goes on with --resume.")]
@@ -50,7 +53,8 @@ impl Run for Quantize {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
         let recipe = self.wishes.recipe()?;
-        let source = format::open(&crate::hub::checkpoint(session, &self.source)?)?;
+        let path = crate::hub::checkpoint(session, &self.source)?;
+        let (source, extra) = open(session, &path)?;
         let plan = convert::plan(&*source, &recipe, &Importance::new(), self.seed)?;
         if self.dry_run {
             return print_plan(session, &plan);
@@ -59,6 +63,7 @@ impl Run for Quantize {
             output: OutputOptions { force: self.force, resume: self.resume },
             seed: self.seed,
             stop: Some(session.stop()),
+            extra,
             ..Options::default()
         };
         let meter = Meter::new(session, "quantize", "tensors");
@@ -66,6 +71,22 @@ impl Run for Quantize {
         drop(meter);
         print_report(session, &self.wishes, &report)
     }
+}
+
+/// A checkpoint's tensors, and the files that have to be made for it: a GGUF's configuration and tokenizer.
+#[expect(clippy::type_complexity, reason = "a pair that is taken apart at once")]
+fn open(session: &Session, path: &Path) -> Result<(Box<dyn TensorSource>, Vec<(PathBuf, Vec<u8>)>)> {
+    if format::detect(path)?.name != "gguf" {
+        return Ok((format::open(path)?, Vec::new()));
+    }
+    let source = GgufCheckpoint::open(path)?;
+    if let Some(info) = source.infos().iter().find(|info| matches!(info.stored, Stored::Blocks(b) if b.plain.is_none()))
+    {
+        let (name, stored) = (&info.name, info.stored.name());
+        session.remark(format!("{}: `{name}` is {stored} already; quantizing again adds to its error", path.display()));
+    }
+    let extra = Sidecars::gguf(&source, "float32")?.into_files();
+    Ok((Box::new(source), extra))
 }
 
 /// Sums of bytes and weights.
@@ -138,6 +159,7 @@ struct Class {
     tensors: usize,
     bytes: u64,
     bits_per_weight: f64,
+    quantized: bool,
     /// Null where nothing was lost.
     sqnr_db: Option<Sqnr>,
 }
@@ -158,7 +180,8 @@ fn classes(tensors: &[TensorRecord]) -> Vec<Class> {
             min: noise.iter().copied().fold(f64::INFINITY, f64::min),
         });
         let (tensors, stored) = (members.len(), stored.to_string());
-        Class { class, stored, tensors, bytes: sums.bytes, bits_per_weight: sums.bits(), sqnr_db: sqnr }
+        let quantized = members.iter().any(|t| t.quantized);
+        Class { class, stored, tensors, bytes: sums.bytes, bits_per_weight: sums.bits(), quantized, sqnr_db: sqnr }
     };
     group(tensors, |t| (class(&t.name), t.stored.as_str())).into_iter().map(row).collect()
 }
@@ -182,6 +205,7 @@ fn print_report(session: &Session, wishes: &Wishes, report: &Report) -> Result<(
     for class in classes {
         let (mean, min) = match class.sqnr_db {
             Some(sqnr) => (format!("{:.2}", sqnr.mean), format!("{:.2}", sqnr.min)),
+            None if class.quantized => ("exact".to_string(), "exact".to_string()),
             None => ("-".to_string(), "-".to_string()),
         };
         let (tensors, bits) = (class.tensors.to_string(), format!("{:.3}", class.bits_per_weight));

@@ -3,6 +3,7 @@
 use super::Run;
 use crate::arguments::Threads;
 use crate::output;
+use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
 use nibble_quant::convert;
@@ -23,7 +24,9 @@ impl Run for Verify {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
         let path = crate::hub::checkpoint(session, &self.checkpoint)?;
-        let found = convert::verify(&path)?;
+        let meter = Meter::new(session, "verify", "tensors");
+        let found = convert::verify(&path, &meter, Some(session.stop()))?;
+        drop(meter);
         if session.json {
             return output::json(&json!({
                 "ok": true, "path": path, "format": found.format, "tensors": found.tensors,

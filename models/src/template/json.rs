@@ -2,13 +2,21 @@
 
 use std::io::{self, Write};
 
-use minijinja::value::{Kwargs, Serde};
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
+/// Most values and bytes of text that are written together.
+const MAX_SIZE: usize = 32 << 20;
+/// Deepest nesting that is written, about a hundred times that of any real tool's schema.
+const MAX_DEPTH: usize = 500;
+
 /// The filter, with Python's keyword arguments.
-pub(super) fn tojson(value: Serde<serde_json::Value>, indent: Option<Value>, args: Kwargs) -> Result<String, Error> {
+pub(super) fn tojson(value: Value, indent: Option<Value>, args: Kwargs) -> Result<String, Error> {
+    // What shares its parts is small in memory and may be endless when written out: it is counted before it is copied.
+    measure(&value, &mut { MAX_SIZE }, MAX_DEPTH)?;
+    let mut value = serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     let indent = match indent {
         Some(indent) => Some(indent),
         None => args.get::<Option<Value>>("indent")?,
@@ -20,7 +28,6 @@ pub(super) fn tojson(value: Serde<serde_json::Value>, indent: Option<Value>, arg
     if ascii {
         return Err(Error::new(ErrorKind::InvalidOperation, "tojson with ensure_ascii isn't supported"));
     }
-    let mut value = value.0;
     if sort {
         value.sort_all_objects();
     }
@@ -47,6 +54,29 @@ pub(super) fn tojson(value: Serde<serde_json::Value>, indent: Option<Value>, arg
     };
     done.map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     String::from_utf8(out).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// Takes a value's size from what is `left`.
+fn measure(value: &Value, left: &mut usize, depth: usize) -> Result<(), Error> {
+    let refuse = || Error::new(ErrorKind::InvalidOperation, "tojson of something too large or nested too deep");
+    let size = 1 + value.as_str().map_or(0, str::len);
+    *left = left.checked_sub(size).ok_or_else(refuse)?;
+    let depth = depth.checked_sub(1).ok_or_else(refuse)?;
+    match value.kind() {
+        ValueKind::Map => {
+            for key in value.try_iter()? {
+                measure(&value.get_item(&key)?, left, depth)?;
+                measure(&key, left, depth)?;
+            }
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            for item in value.try_iter()? {
+                measure(&item, left, depth)?;
+            }
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// JSON on one line with Python's separators.

@@ -2,6 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
 const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
 const MONTHS: [&str; 12] = [
     "January",
@@ -18,9 +21,17 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
-/// The time in UTC, in Python's format; the error names a directive that isn't known.
-pub(super) fn strftime(time: SystemTime, format: &str) -> Result<String, String> {
+/// Seconds by which this machine's zone (`TZ`, else the system's) is ahead of UTC at a time; 0 where it isn't known.
+pub(super) fn local_offset(time: SystemTime) -> i32 {
+    let offset = |t| TimeZone::try_system().map(|zone| zone.to_offset(t).seconds());
+    Timestamp::try_from(time).and_then(offset).unwrap_or(0)
+}
+
+/// A time on a clock `offset` seconds ahead of UTC, in Python's format for times that know no zone; the error names a
+/// directive that isn't known.
+pub(super) fn strftime(time: SystemTime, offset: i32, format: &str) -> Result<String, String> {
     let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let seconds = seconds.saturating_add_signed(offset.into());
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = date(days);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
@@ -59,7 +70,7 @@ pub(super) fn strftime(time: SystemTime, format: &str) -> Result<String, String>
             Some('p') => if hour < 12 { "AM" } else { "PM" }.to_owned(),
             Some('F') => format!("{year}-{month:02}-{day:02}"),
             Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
-            Some('Z') => "UTC".to_owned(),
+            Some('z' | 'Z') => String::new(),
             Some('%') => "%".to_owned(),
             Some(other) => return Err(format!("strftime_now: `%{other}` isn't known")),
             None => return Err("strftime_now: `%` at the end".to_owned()),
@@ -90,7 +101,7 @@ mod tests {
     use super::*;
 
     fn at(seconds: u64, format: &str) -> String {
-        strftime(UNIX_EPOCH + Duration::from_secs(seconds), format).unwrap()
+        strftime(UNIX_EPOCH + Duration::from_secs(seconds), 0, format).unwrap()
     }
 
     #[test]
@@ -118,7 +129,15 @@ mod tests {
         assert_eq!(at(t, "%A, %B %d, %Y %H:%M:%S"), "Friday, July 26, 2024 15:04:09");
         assert_eq!(at(t, "%a %y-%m %-I %I%p %F %T 100%%"), "Fri 24-07 3 03PM 2024-07-26 15:04:09 100%");
         assert_eq!(at(0, "%e %I%p"), " 1 12AM");
-        assert!(strftime(UNIX_EPOCH, "%Q").unwrap_err().contains("%Q"));
-        assert!(strftime(UNIX_EPOCH, "50%").is_err());
+        assert!(strftime(UNIX_EPOCH, 0, "%Q").unwrap_err().contains("%Q"));
+        assert!(strftime(UNIX_EPOCH, 0, "50%").is_err());
+    }
+
+    #[test]
+    fn clocks_ahead_of_utc_and_behind_it_turn_the_day_earlier_and_later() {
+        let new_year = UNIX_EPOCH + Duration::from_secs(1_704_067_200);
+        assert_eq!(strftime(new_year, 5 * 3600 + 1800, "%F %T%Z").unwrap(), "2024-01-01 05:30:00");
+        assert_eq!(strftime(new_year, -3600, "%F %T").unwrap(), "2023-12-31 23:00:00");
+        assert_eq!(strftime(UNIX_EPOCH, -3600, "%F").unwrap(), "1970-01-01", "no time is before the first");
     }
 }

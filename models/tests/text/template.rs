@@ -29,6 +29,7 @@ fn prompts_are_those_of_transformers() {
             variables: case["variables"].as_object().unwrap().clone(),
             // 2024-07-26 15:04:09 UTC
             now: SystemTime::UNIX_EPOCH + Duration::from_secs(1_722_006_249),
+            utc_offset: 0,
         };
         let template = template(golden["templates"][name].as_str().unwrap()).unwrap();
         let found = template.render(case["messages"].as_array().unwrap(), &options);
@@ -80,6 +81,20 @@ fn a_hostile_template_ends() {
         "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 'x' * 100000000000 }}",
+        "{% for a in range(90000) %}{{ 'x' * 90000000 }}{% endfor %}",
+        "{% for a in range(90000) %}{{ ('x' * 9000) | replace('x', 'y' * 9000) }}{% endfor %}",
+        "{% for a in range(90000) %}{{ 'x' | indent(90000000) | center(90000000) }}{% endfor %}",
+        "{{ '%1000000000d' | format(1) ~ '%.1000000000f' | format(1.5) }}{% for a in range(90000) %}{{ range(90000) | join('x' * 90000) }}{% endfor %}",
+        "{% for a in range(90000) %}{{ range(99999) | list | tojson }}{% endfor %}",
+        "{% for a in range(90000) %}{{ messages[0].content.join(range(99999) | map('string')) }}{% endfor %}",
+        "{% set ns = namespace(l=[1]) %}{% for a in range(90) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l | length }}",
+        "{% set ns = namespace(l=[1]) %}{% for a in range(90) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{% for x in ns.l %}x{% endfor %}",
+        "{% set ns = namespace(l=[1]) %}{% for a in range(90) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+        "{% set ns = namespace(l=[1]) %}{% for a in range(90) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}",
+        "{% set ns = namespace(l=[]) %}{% for b in range(90) %}{% for a in range(9000) %}{% set ns.l = [ns.l] %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(l=[]) %}{% for a in range(90000) %}{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l | tojson }}",
+        "{% set ns = namespace(l='x') %}{% for a in range(99) %}{% set ns.l = ns.l | replace('x', 'xx') | upper | lower %}{% endfor %}{{ ns.l }}",
+        "{% set ns = namespace(d={}) %}{% for a in range(90) %}{% set ns.d = dict(ns.d, a=ns.d, b=ns.d) %}{% endfor %}{{ ns.d | tojson }}",
         "{% set ns = namespace(s='xxxxxxxxxxxxxxxx') %}{% for a in range(90) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
     ];
     for source in cases {

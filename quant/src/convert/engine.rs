@@ -1,12 +1,13 @@
 //! Does the work of a conversion: blocks of rows in parallel, each to its own place in the output.
 
 use super::plan::Quantize;
-use super::{Progress, Sidecar};
+use super::progress::Stage;
+use super::{Progress, Sidecar, sidecars, verify};
 use crate::error::Result;
 use crate::format::native;
 use crate::format::shards::{Bundle, Layout, SHARD_BYTES, ShardFiles};
-use crate::format::source::{Dtype, encode_f32};
-use crate::format::{Done, OutputDir, OutputOptions, TensorInfo, TensorSource, hf_names, tensor_error};
+use crate::format::source::{Dtype, Stored, decode_rows, encode_f32, first_non_finite};
+use crate::format::{Done, OutputDir, OutputOptions, TensorInfo, TensorSource, tensor_error};
 use crate::manifest::{FileRecord, MANIFEST, Manifest, SourceRecord, TensorRecord, hex};
 use crate::{QTensor, QuantError};
 use rayon::prelude::*;
@@ -33,11 +34,14 @@ pub struct Options<'a> {
     pub seed: u64,
     /// Set by another thread (Ctrl-C) to stop after the blocks in flight.
     pub stop: Option<&'a AtomicBool>,
+    /// Files to put beside the weights that the source doesn't hold as files (a GGUF's configuration and tokenizer),
+    /// with their relative paths.
+    pub extra: Vec<(PathBuf, Vec<u8>)>,
 }
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { output: OutputOptions::default(), shard_bytes: SHARD_BYTES, seed: 0, stop: None }
+        Self { output: OutputOptions::default(), shard_bytes: SHARD_BYTES, seed: 0, stop: None, extra: Vec::new() }
     }
 }
 
@@ -70,8 +74,8 @@ impl Report {
 pub(super) enum Work {
     /// The same bytes.
     Copy,
-    /// Floats of a type; `head` rows at a time are put back into order.
-    Floats { dtype: Dtype, head: Option<usize> },
+    /// Floats of a type.
+    Floats(Dtype),
     /// Codes.
     Quantize(Quantize),
 }
@@ -124,15 +128,11 @@ struct Block {
 }
 
 impl Engine<'_> {
-    /// Converts everything into `out`; `extra` are small files of the converter's own making.
-    pub fn run(
-        &self,
-        out: &Path,
-        sidecars: &[Sidecar],
-        extra: &[(PathBuf, Vec<u8>)],
-        verify: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<Report> {
+    /// Converts everything into `out`, verifies it and gives it its name. A failure that another run can't do better,
+    /// such as a value that isn't finite, leaves nothing behind; after others the message says what is kept and where.
+    pub fn run(&self, out: &Path) -> Result<Report> {
         let started = Instant::now();
+        let sidecars = sidecars(self.source.path())?;
         let bundles: Vec<Bundle> = self.items.iter().map(|i| i.bundle.clone()).collect();
         let common = match self.made.by {
             "quantize" => native::common_metadata(),
@@ -141,21 +141,42 @@ impl Engine<'_> {
         let layout = Layout::new(&bundles, &common, self.options.shard_bytes)?;
         let fingerprint = self.fingerprint(&layout)?;
         let output = OutputDir::create(out, &[self.source.path()], &fingerprint, self.options.output)?;
+        match self.fill(&output, &layout, &sidecars) {
+            Ok((tensors, resumed)) => {
+                let (path, seconds) = (output.target().to_owned(), started.elapsed().as_secs_f64());
+                let (bytes_in, bytes_out) = (self.bytes_in(), layout.total_bytes());
+                Ok(Report { path, tensors, bytes_in, bytes_out, resumed, seconds })
+            }
+            Err(why) => {
+                if output.abandon(&why) {
+                    let kept = output.partial().display();
+                    self.progress
+                        .message(&format!("{kept} keeps what is done: --resume goes on, deleting it gives up"));
+                }
+                Err(why)
+            }
+        }
+    }
+
+    fn fill(&self, output: &OutputDir, layout: &Layout, sidecars: &[Sidecar]) -> Result<(Vec<TensorRecord>, usize)> {
         output.check_space(layout.total_bytes() + sidecar_bytes(sidecars))?;
-        let shards = ShardFiles::create(&layout, &output)?;
-        self.progress.start(self.items.len(), self.bytes_in());
-        let (tensors, resumed) = self.tensors(&output, &shards)?;
+        let shards = ShardFiles::create(layout, output)?;
+        self.progress.start(Stage::Convert, self.items.len(), self.bytes_in());
+        let (tensors, resumed) = self.tensors(output, &shards)?;
         for (from, relative) in sidecars {
             output.copy(from, relative)?;
         }
-        for (relative, bytes) in extra {
+        for (relative, bytes) in &self.options.extra {
             output.write(relative, bytes)?;
         }
-        let manifest = self.manifest(&output, &layout, sidecars, extra, &tensors)?;
+        let manifest = self.manifest(output, layout, sidecars, &tensors)?;
         output.write(Path::new(MANIFEST), &manifest.to_bytes()?)?;
-        let path = output.commit(verify)?;
-        let (bytes_in, bytes_out) = (self.bytes_in(), layout.total_bytes());
-        Ok(Report { path, tensors, bytes_in, bytes_out, resumed, seconds: started.elapsed().as_secs_f64() })
+        output.commit(|dir| verify(dir, self.progress, self.options.stop).map(drop))?;
+        Ok((tensors, resumed))
+    }
+
+    fn stopped(&self) -> bool {
+        self.options.stop.is_some_and(|s| s.load(Ordering::Relaxed))
     }
 
     fn bytes_in(&self) -> u64 {
@@ -181,7 +202,7 @@ impl Engine<'_> {
         let (mut total, mut hash) = (Sums::default(), Sha256::new());
         let mut rest = pending.as_slice();
         while !rest.is_empty() {
-            if self.options.stop.is_some_and(|s| s.load(Ordering::Relaxed)) {
+            if self.stopped() {
                 return Err(QuantError::Stopped);
             }
             let (window, after) = rest.split_at(self.window(rest));
@@ -226,6 +247,7 @@ impl Engine<'_> {
             stored: item.stored.clone(),
             bytes,
             bits_per_weight: if values == 0 { 0.0 } else { bytes as f64 * 8.0 / values as f64 },
+            quantized: matches!(item.work, Work::Quantize(_)),
             sqnr_db: sums.sqnr_db(),
         };
         self.progress.tensor_done(&record);
@@ -273,22 +295,18 @@ impl Engine<'_> {
 
     fn convert(&self, item: &Item, rows: &Range<usize>) -> Result<(Sums, Vec<Vec<u8>>)> {
         let name = &item.info.name;
+        let (_, cols) = item.info.rows_cols();
         if let Work::Copy = item.work {
-            return Ok((Sums::default(), vec![self.source.bytes(name)?[rows.clone()].to_vec()]));
+            let bytes = &self.source.bytes(name)?[rows.clone()];
+            refuse_non_finite_bytes(&item.info, bytes, rows.start)?;
+            return Ok((Sums::default(), vec![bytes.to_vec()]));
         }
         let mut values = Vec::new();
         self.source.read_rows_f32(name, rows.clone(), &mut values)?;
-        let (_, cols) = item.info.rows_cols();
         refuse_non_finite(name, &values, rows.start, cols)?;
         match &item.work {
             Work::Copy => Ok((Sums::default(), Vec::new())),
-            Work::Floats { dtype, head } => {
-                if let Some(head) = head {
-                    let row = values.len() / rows.len().max(1);
-                    hf_names::uninterleave(&mut values, *head, row);
-                }
-                Ok((Sums::default(), vec![encode_f32(name, &values, *dtype)?]))
-            }
+            Work::Floats(dtype) => Ok((Sums::default(), vec![encode_f32(name, &values, *dtype)?])),
             Work::Quantize(how) => {
                 let tensor = (how.quantizer)(name, [rows.len(), cols], &values)?;
                 let sums = sums(&tensor, &values);
@@ -303,15 +321,20 @@ impl Engine<'_> {
         output: &OutputDir,
         layout: &Layout,
         sidecars: &[Sidecar],
-        extra: &[(PathBuf, Vec<u8>)],
         tensors: &[TensorRecord],
     ) -> Result<Manifest> {
         let mut names: Vec<PathBuf> = layout.files().map(PathBuf::from).collect();
         names.extend(layout.index().map(|_| PathBuf::from(crate::format::safetensors::INDEX)));
         names.extend(sidecars.iter().map(|s| s.1.clone()));
-        names.extend(extra.iter().map(|e| e.0.clone()));
+        names.extend(self.options.extra.iter().map(|e| e.0.clone()));
+        let length = |name: &PathBuf| output.partial().join(name).metadata().map_or(0, |m| m.len());
+        self.progress.start(Stage::Hash, tensors.len(), names.iter().map(length).sum());
+        let advance = |bytes: u64| {
+            self.progress.advance(bytes);
+            !self.stopped()
+        };
         let record = |name: &PathBuf| {
-            let record = FileRecord::of(&output.partial().join(name))?;
+            let record = FileRecord::of(&output.partial().join(name), &advance)?;
             Ok((name.to_string_lossy().into_owned(), record))
         };
         let files = names.par_iter().map(record).collect::<Result<BTreeMap<_, _>>>()?;
@@ -385,7 +408,6 @@ impl Item {
         let per_unit = self.values(&(0..1)).max(1);
         let step = match &self.work {
             Work::Quantize(how) if !how.rows_stand_alone => units,
-            Work::Floats { head: Some(head), .. } => (BLOCK_VALUES / per_unit / head).max(1) * head,
             _ => BLOCK_VALUES / per_unit,
         };
         let step = step.max(1);
@@ -406,14 +428,28 @@ impl Item {
     }
 }
 
-fn refuse_non_finite(name: &str, values: &[f32], first_row: usize, cols: usize) -> Result<()> {
+/// Refuses the first value that isn't finite, by its place: neither codes nor products come out of one.
+pub(super) fn refuse_non_finite(name: &str, values: &[f32], first_row: usize, cols: usize) -> Result<()> {
     match values.par_iter().position_first(|v| !v.is_finite()) {
         None => Ok(()),
-        Some(at) => {
-            let (row, col) = (first_row + at / cols.max(1), at % cols.max(1));
-            Err(tensor_error(name, format!("value {} at row {row}, column {col}, wanted finite ones", values[at])))
-        }
+        Some(at) => Err(not_finite(name, values[at], first_row * cols + at, cols)),
     }
+}
+
+/// The same for bytes of a tensor that is copied, from its byte `from` on.
+fn refuse_non_finite_bytes(info: &TensorInfo, bytes: &[u8], from: usize) -> Result<()> {
+    let Stored::Plain(dtype) = info.stored else { return Ok(()) };
+    let Some(at) = first_non_finite(dtype, bytes) else { return Ok(()) };
+    let size = dtype.bitsize() / 8;
+    let one = TensorInfo { shape: vec![1], bytes: size, ..info.clone() };
+    let mut value = Vec::new();
+    decode_rows(&one, &bytes[at * size..(at + 1) * size], 0..1, &mut value)?;
+    Err(not_finite(&info.name, value[0], from / size + at, info.rows_cols().1))
+}
+
+fn not_finite(name: &str, value: f32, at: usize, cols: usize) -> QuantError {
+    let (row, col) = (at / cols.max(1), at % cols.max(1));
+    tensor_error(name, format!("value {value} at row {row}, column {col}, wanted finite ones"))
 }
 
 /// Row sums in parallel, added up in order: the same for any number of threads.

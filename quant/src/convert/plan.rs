@@ -133,6 +133,11 @@ pub fn plan_with(source: &dyn TensorSource, choose: &dyn Fn(&TensorInfo) -> Resu
             Some(why) => Choice::Keep(why.to_owned()),
             None => choose(info)?,
         };
+        // Blocks are no element type: what they stand for is kept, exactly.
+        let choice = match (choice, &info.stored) {
+            (Choice::Keep(why), Stored::Blocks(_)) => Choice::Convert(Dtype::F32, why),
+            (choice, _) => choice,
+        };
         let (item, action, why) = match choice {
             Choice::Keep(why) => (kept(info)?, Action::Keep, why),
             Choice::Convert(dtype, why) => (converted(info, dtype)?, Action::Convert(dtype), why),
@@ -194,7 +199,7 @@ fn converted(info: &TensorInfo, dtype: Dtype) -> Result<Item> {
     Ok(Item {
         info: info.clone(),
         name: info.name.clone(),
-        work: Work::Floats { dtype, head: None },
+        work: Work::Floats(dtype),
         bundle: Bundle { slots: vec![slot], ..Bundle::default() },
         stored: dtype.to_string(),
     })
@@ -212,10 +217,11 @@ fn quantized(info: &TensorInfo, how: Quantize) -> Result<Item> {
     })
 }
 
-/// Quantizing twice multiplies errors: codes are refused, in nibble's form, in GGUF's, or announced by config.json.
+/// Quantizing twice adds errors up: codes are refused, in nibble's form or announced by config.json. GGUF's blocks are
+/// taken for the floats they stand for, since for many models they are all there is.
 fn refuse_quantized(source: &dyn TensorSource) -> Result<()> {
     let path = source.path();
-    if let Some(info) = source.infos().iter().find(|i| !matches!(i.stored, Stored::Plain(_))) {
+    if let Some(info) = source.infos().iter().find(|i| matches!(i.stored, Stored::Quantized(_))) {
         let why = format!("tensor `{}` is {} already, wanted floats", info.name, info.stored.name());
         return Err(damaged(path, why));
     }

@@ -4,9 +4,10 @@ use crate::manifest::TensorRecord;
 
 /// Told about a conversion's course, from several threads.
 pub trait Progress: Sync {
-    /// Work begins: this many tensors and bytes are to be read.
-    fn start(&self, tensors: usize, bytes: u64);
-    /// Bytes of the source were converted (or found finished by an earlier run).
+    /// A stretch of work begins: this many tensors and bytes are to be read. A conversion has three: it converts the
+    /// tensors, hashes the files it has written, and opens and verifies them.
+    fn start(&self, what: Stage, tensors: usize, bytes: u64);
+    /// Bytes of this stretch are done (or were found finished by an earlier run).
     fn advance(&self, bytes: u64);
     /// A tensor is finished.
     fn tensor_done(&self, tensor: &TensorRecord);
@@ -14,12 +15,23 @@ pub trait Progress: Sync {
     fn message(&self, text: &str);
 }
 
+/// What a stretch of work is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Tensors are converted.
+    Convert,
+    /// Files are hashed for the manifest.
+    Hash,
+    /// Files are read again: hashed, decoded, looked at.
+    Verify,
+}
+
 /// Says nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 
 impl Progress for Silent {
-    fn start(&self, _: usize, _: u64) {}
+    fn start(&self, _: Stage, _: usize, _: u64) {}
     fn advance(&self, _: u64) {}
     fn tensor_done(&self, _: &TensorRecord) {}
     fn message(&self, _: &str) {}

@@ -1,12 +1,15 @@
 //! Looks at a whole checkpoint: do its files agree with the manifest, do its tensors decode, are they finite.
 
-use super::engine::BLOCK_VALUES;
+use super::Progress;
+use super::engine::{BLOCK_VALUES, refuse_non_finite};
+use super::progress::Stage;
+use crate::QuantError;
 use crate::error::Result;
 use crate::format::native::NativeSource;
 use crate::format::{self, Stored, TensorSource, tensor_error};
 use crate::manifest::{MANIFEST, Manifest};
-use rayon::prelude::*;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What was looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,17 +24,25 @@ pub struct Verified {
     pub files: usize,
 }
 
-/// Verifies a checkpoint file or folder of any format.
+/// Verifies a checkpoint file or folder of any format. `stop` is set by another thread to end it early.
 ///
 /// # Errors
-/// Names the first file that differs from the manifest, or the first tensor that doesn't decode or isn't finite.
-pub fn verify(path: &Path) -> Result<Verified> {
+/// Names the first file that differs from the manifest, or the first tensor that doesn't decode or isn't finite;
+/// [`QuantError::Stopped`].
+pub fn verify(path: &Path, progress: &dyn Progress, stop: Option<&AtomicBool>) -> Result<Verified> {
     let manifest = match path.join(MANIFEST).is_file() {
         true => Some(Manifest::read(path)?),
         false => None,
     };
+    let go_on = || !stop.is_some_and(|s| s.load(Ordering::Relaxed));
     if let Some(manifest) = &manifest {
-        manifest.check_files(path)?;
+        let hashed: u64 = manifest.files.values().map(|f| f.bytes).sum();
+        let decoded: u64 = manifest.tensors.iter().map(|t| t.bytes).sum();
+        progress.start(Stage::Verify, manifest.tensors.len(), hashed.saturating_add(decoded));
+        manifest.check_files(path, &|bytes| {
+            progress.advance(bytes);
+            go_on()
+        })?;
     }
     let format = format::detect(path)?;
     let source = (format.open)(path)?;
@@ -40,6 +51,9 @@ pub fn verify(path: &Path) -> Result<Verified> {
         if let Some(gone) = manifest.tensors.iter().find(|t| !stored.contains(&t.name.as_str())) {
             return Err(tensor_error(&gone.name, "is in the manifest but not in the weights"));
         }
+    } else {
+        let bytes = source.infos().iter().map(|i| i.bytes as u64).sum();
+        progress.start(Stage::Verify, source.infos().len(), bytes);
     }
     let mut verified = Verified { format: format.name, tensors: 0, opaque: 0, files: 0 };
     verified.files = manifest.map_or(0, |m| m.files.len());
@@ -47,16 +61,18 @@ pub fn verify(path: &Path) -> Result<Verified> {
     for info in source.infos() {
         if !info.stored.is_float() {
             verified.opaque += 1;
+            progress.advance(info.bytes as u64);
             continue;
         }
+        let (n, cols) = info.rows_cols();
         for rows in row_blocks(&*source, &info.name)? {
-            let first = rows.start;
-            source.read_rows_f32(&info.name, rows, &mut values)?;
-            if let Some(at) = values.par_iter().position_first(|v| !v.is_finite()) {
-                let cols = info.rows_cols().1.max(1);
-                let (row, col) = (first + at / cols, at % cols);
-                return Err(tensor_error(&info.name, format!("value {} at row {row}, column {col}", values[at])));
+            if !go_on() {
+                return Err(QuantError::Stopped);
             }
+            let (first, count) = (rows.start, rows.len() as u64);
+            source.read_rows_f32(&info.name, rows, &mut values)?;
+            refuse_non_finite(&info.name, &values, first, cols)?;
+            progress.advance(info.bytes as u64 * count / n.max(1) as u64);
         }
         source.release(&info.name);
         verified.tensors += 1;

@@ -10,10 +10,13 @@
 //! allocated, products are checked, and offsets must be exactly the running padded sum, as llama.cpp demands.
 
 pub mod blocks;
+mod checkpoint;
+mod exact;
 pub mod metadata;
 mod read;
 
 pub use blocks::{BLOCKS, BlockType};
+pub use checkpoint::GgufCheckpoint;
 pub use metadata::{Array, Metadata, Value};
 
 use super::source::{Stored, TensorInfo, TensorSource};

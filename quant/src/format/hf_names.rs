@@ -301,7 +301,13 @@ fn short(value: f64) -> f64 {
     (value as f32).to_string().parse().unwrap_or(value)
 }
 
-/// Undoes the interleaving in whole heads of rows: row p * half + i of a head was stored as row 2i + p.
+/// Where the interleaved order has a row: row p * half + i of a head is stored as row 2i + p.
+pub fn interleaved_row(row: usize, head: usize) -> usize {
+    let (first, within) = (row / head * head, row % head);
+    first + 2 * (within % (head / 2)) + within / (head / 2)
+}
+
+/// Undoes the interleaving in whole heads of rows.
 pub fn uninterleave(rows: &mut [f32], head: usize, row: usize) {
     if row == 0 || head < 2 {
         return;
@@ -310,7 +316,7 @@ pub fn uninterleave(rows: &mut [f32], head: usize, row: usize) {
     for head_rows in rows.chunks_exact_mut(head * row) {
         copy.copy_from_slice(head_rows);
         for (to, out) in head_rows.chunks_exact_mut(row).enumerate() {
-            let from = 2 * (to % (head / 2)) + to / (head / 2);
+            let from = interleaved_row(to, head);
             out.copy_from_slice(&copy[from * row..(from + 1) * row]);
         }
     }

@@ -14,10 +14,11 @@ use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 const JOURNAL: &str = ".journal";
 /// Room left on the disk beside what is written: file system overhead and other programs.
@@ -39,6 +40,10 @@ pub struct OutputDir {
     partial: PathBuf,
     options: OutputOptions,
     done: HashMap<String, Done>,
+    /// Pieces that are finished, earlier runs' included.
+    finished: AtomicUsize,
+    /// Whether the folder is whole and verified, so that only its name is wanting.
+    whole: AtomicBool,
     journal: Mutex<File>,
 }
 
@@ -95,7 +100,8 @@ impl OutputDir {
                 (journal, HashMap::new())
             }
         };
-        Ok(Self { target, partial, options, done, journal: Mutex::new(journal) })
+        let (finished, whole) = (AtomicUsize::new(done.len()), AtomicBool::new(false));
+        Ok(Self { target, partial, options, done, finished, whole, journal: Mutex::new(journal) })
     }
 
     /// The folder to write into.
@@ -124,7 +130,18 @@ impl OutputDir {
     /// If the journal can't be written.
     pub fn note(&self, done: &Done) -> Result<()> {
         let mut journal = self.journal.lock().unwrap_or_else(|e| e.into_inner());
-        write_line(&mut journal, done).map_err(io_error(&self.partial.join(JOURNAL)))
+        write_line(&mut journal, done).map_err(io_error(&self.partial.join(JOURNAL)))?;
+        self.finished.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// After a failure: removes the partial folder unless a later run can do better with what it holds, and says whether
+    /// it is kept. Stopping, a full disk and an unreadable file pass; what is wrong with a tensor doesn't.
+    pub fn abandon(&self, why: &QuantError) -> bool {
+        let passes = matches!(why, QuantError::Stopped | QuantError::Io { .. });
+        let keep = passes && self.finished.load(Ordering::Relaxed) > 0 || self.whole.load(Ordering::Relaxed);
+        // Removing is a courtesy: what stays is named by its folder and replaced by the next run.
+        keep || fs::remove_dir_all(&self.partial).is_err() && self.partial.exists()
     }
 
     /// Refuses if the disk can't hold `bytes` more than what the partial folder already takes.
@@ -136,7 +153,11 @@ impl OutputDir {
         let taken = folder_blocks(&self.partial);
         let wanted = bytes.saturating_sub(taken).saturating_add(SPARE_BYTES);
         match free < wanted {
-            true => Err(damaged(&self.target, format!("{wanted} bytes are needed, the disk has {free} free"))),
+            true => {
+                let why = format!("{wanted} bytes are needed, the disk has {free} free");
+                let source = std::io::Error::new(ErrorKind::StorageFull, why);
+                Err(QuantError::Io { path: self.target.clone(), source })
+            }
             false => Ok(()),
         }
     }
@@ -178,14 +199,17 @@ impl OutputDir {
     ///
     /// # Errors
     /// If syncing, verifying or renaming fails; the target is then as it was before.
-    pub fn commit(self, verify: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    pub fn commit(&self, verify: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         sync_tree(&self.partial)?;
         verify(&self.partial)?;
+        self.whole.store(true, Ordering::Relaxed);
+        if self.target.symlink_metadata().is_ok() {
+            check_replaceable(&self.target, self.options.force)?;
+        }
         let journal = self.partial.join(JOURNAL);
         fs::remove_file(&journal).map_err(io_error(&journal))?;
         sync(&self.partial)?;
         if self.target.symlink_metadata().is_ok() {
-            check_replaceable(&self.target, self.options.force)?;
             if exchange(&self.partial, &self.target).is_ok() {
                 fs::remove_dir_all(&self.partial).map_err(io_error(&self.partial))?;
             } else {
@@ -197,7 +221,7 @@ impl OutputDir {
         if let Some(parent) = self.target.parent() {
             sync(parent)?;
         }
-        Ok(self.target)
+        Ok(self.target.clone())
     }
 
     /// Where the file system can't exchange two names: the old folder is set aside and put back if the new one can't

@@ -199,6 +199,22 @@ fn converter(dtype: Dtype) -> Option<Convert> {
     })
 }
 
+/// Where the first value is that isn't finite, in the bytes of a float type; none for other types.
+pub fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    // All ones in the exponent are infinities and NaNs.
+    fn find<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
+        bytes.as_chunks::<N>().0.par_iter().position_first(|b| bad(*b))
+    }
+    match dtype {
+        Dtype::F16 => find(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        Dtype::BF16 => find(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        Dtype::F32 => find(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+        // Everything here computes in f32: a value beyond it is as good as infinite.
+        Dtype::F64 => find(bytes, |b| !(f64::from_le_bytes(b) as f32).is_finite()),
+        _ => None,
+    }
+}
+
 /// Values in the bytes of a 16- or 32-bit float type, rounded to nearest even; the inverse of reading.
 ///
 /// # Errors

@@ -210,7 +210,7 @@ struct StopAfter<'a> {
 }
 
 impl Progress for StopAfter<'_> {
-    fn start(&self, _: usize, _: u64) {}
+    fn start(&self, _: Stage, _: usize, _: u64) {}
     fn advance(&self, _: u64) {}
     fn tensor_done(&self, _: &TensorRecord) {
         if self.left.fetch_sub(1, Ordering::Relaxed) == 1 {
@@ -315,7 +315,7 @@ fn verify_finds_every_changed_byte() {
     let dir = tempfile::tempdir().unwrap();
     let path = checkpoint(dir.path());
     let out = run(&path, &dir.path().join("out"), &Options::default(), &Silent).unwrap().path;
-    let good = verify(&out).unwrap();
+    let good = verify(&out, &Silent, None).unwrap();
     assert_eq!((good.format, good.tensors, good.opaque, good.files), ("native", 8, 1, 4));
     for name in ["config.json", "extra/template.jinja", "model.safetensors", "tokenizer.json"] {
         let file = out.join(name);
@@ -323,18 +323,18 @@ fn verify_finds_every_changed_byte() {
         let mut damaged = bytes.clone();
         *damaged.last_mut().unwrap() ^= 1;
         fs::write(&file, &damaged).unwrap();
-        let why = verify(&out).unwrap_err().to_string();
+        let why = verify(&out, &Silent, None).unwrap_err().to_string();
         assert!(why.contains(name) && why.contains("sha256"), "{why}");
         fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
-        assert!(verify(&out).unwrap_err().to_string().contains("the manifest says"));
+        assert!(verify(&out, &Silent, None).unwrap_err().to_string().contains("the manifest says"));
         fs::remove_file(&file).unwrap();
-        assert!(verify(&out).unwrap_err().to_string().contains(name));
+        assert!(verify(&out, &Silent, None).unwrap_err().to_string().contains(name));
         fs::write(&file, &bytes).unwrap();
     }
-    assert_eq!(verify(&out).unwrap(), good);
+    assert_eq!(verify(&out, &Silent, None).unwrap(), good);
     let manifest = fs::read_to_string(out.join("manifest.json")).unwrap();
     fs::write(out.join("manifest.json"), manifest.replace("\"config.json\"", "\"../config.json\"")).unwrap();
-    assert!(verify(&out).unwrap_err().to_string().contains("outside of the folder"));
+    assert!(verify(&out, &Silent, None).unwrap_err().to_string().contains("outside of the folder"));
     assert_eq!(format::detect(&out).unwrap().name, "native");
 }
 
@@ -407,4 +407,29 @@ fn a_rule_may_keep_floats_of_another_type() {
     (&native as &dyn TensorSource).read_f32("model.embed.weight", &mut b).unwrap();
     assert_eq!(native.info("model.embed.weight").unwrap().stored, format::Stored::Plain(Dtype::F32));
     assert_eq!(a, b);
+}
+
+#[test]
+fn a_kept_value_that_is_not_finite_is_named_when_it_is_read() {
+    let f32s = |v: f32| v.to_le_bytes().to_vec();
+    let cases = [
+        (Dtype::F32, f32s(f32::NAN), f32s(1.0), "NaN"),
+        (Dtype::F32, f32s(f32::NEG_INFINITY), f32s(1.0), "-inf"),
+        (Dtype::F16, 0x7c00u16.to_le_bytes().to_vec(), 0x3c00u16.to_le_bytes().to_vec(), "inf"),
+        (Dtype::BF16, 0xffc1u16.to_le_bytes().to_vec(), 0x3f80u16.to_le_bytes().to_vec(), "NaN"),
+        (Dtype::F64, f64::NEG_INFINITY.to_le_bytes().to_vec(), 1f64.to_le_bytes().to_vec(), "-inf"),
+        (Dtype::F64, 1e300f64.to_le_bytes().to_vec(), f64::from(f32::MAX).to_le_bytes().to_vec(), "inf"),
+    ];
+    for (dtype, bad, good, word) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.safetensors");
+        let fill = |last: &Vec<u8>| [good.repeat(13), last.clone(), good.repeat(6)].concat();
+        save(&file, &[("norm".into(), dtype, vec![4, 5], fill(&good))]);
+        run(&file, &dir.path().join("whole"), &Options::default(), &Silent).unwrap();
+        save(&file, &[("norm".into(), dtype, vec![4, 5], fill(&bad))]);
+        let why = run(&file, &dir.path().join("out"), &Options::default(), &Silent).unwrap_err().to_string();
+        assert_eq!(why, format!("tensor `norm`: value {word} at row 2, column 3, wanted finite ones"), "{dtype}");
+        let names = fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(names, 2, "nothing is kept of what no second run can do");
+    }
 }

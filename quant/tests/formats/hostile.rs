@@ -3,7 +3,7 @@
 use crate::native;
 use crate::support::*;
 use nibble_quant::QuantError;
-use nibble_quant::convert::verify;
+use nibble_quant::convert::{Silent, verify};
 use nibble_quant::format::{self, Dtype};
 use rand::Rng;
 use std::fs;
@@ -136,7 +136,7 @@ fn things_that_are_no_checkpoints_are_told_what_they_are() {
         (folder(&["model.onnx"]).join("model.onnx"), "an ONNX graph, wanted one of gguf, native, safetensors"),
         (folder(&["notes.txt"]).join("notes.txt"), "no checkpoint"),
     ] {
-        let why = verify(&path).unwrap_err().to_string();
+        let why = verify(&path, &Silent, None).unwrap_err().to_string();
         assert!(why.contains(wanted), "{why}, wanted {wanted}");
     }
 }

@@ -1,12 +1,12 @@
 //! GGUF to Hugging Face: names, rows, config.json, and a written folder that opens again.
 
 use crate::support::*;
-use nibble_quant::convert::{ImportOptions, Options, Silent, import_gguf, verify};
-use nibble_quant::format::gguf::GgufSource;
+use nibble_quant::convert::{Options, Silent, import_gguf, verify};
+use nibble_quant::format::gguf::{BLOCKS, BlockType, GgufCheckpoint, GgufSource};
 use nibble_quant::format::hf_names::{Model, llama3_factors, uninterleave};
-use nibble_quant::format::{self, Dtype, OutputOptions};
+use nibble_quant::format::{self, Dtype, TensorSource};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const HIDDEN: usize = 16;
 const HEADS: usize = 4;
@@ -84,12 +84,14 @@ fn an_imported_folder_opens_with_every_tensor_under_its_new_name() {
     for (arch, interleaved) in [("llama", true), ("qwen2", false), ("qwen3", false)] {
         let dir = tempfile::tempdir().unwrap();
         let source = open(dir.path(), model(arch));
-        let extra = vec![(PathBuf::from("tokenizer.json"), b"{}".to_vec())];
-        let options = ImportOptions { dtype: Dtype::F32, write: Options::default(), extra };
-        let report = import_gguf(&source, &dir.path().join("hf"), &options, &Silent).unwrap();
+        let checkpoint = GgufCheckpoint::open(source.path()).unwrap();
+        let text = serde_json::to_vec(&checkpoint.config("float32").unwrap()).unwrap();
+        let extra = vec![("config.json".into(), text), ("tokenizer.json".into(), b"{}".to_vec())];
+        let options = Options { extra, ..Options::default() };
+        let report = import_gguf(&checkpoint, Dtype::F32, &dir.path().join("hf"), &options, &Silent).unwrap();
         assert_eq!(fs::read(report.path.join("tokenizer.json")).unwrap(), b"{}");
         assert_eq!(report.tensors.len(), 11);
-        assert_eq!(verify(&report.path).unwrap().files, 4);
+        assert_eq!(verify(&report.path, &Silent, None).unwrap().files, 3);
         let hf = format::open(&report.path).unwrap();
         let gguf: &dyn format::TensorSource = &source;
         for (from, to, heads) in [
@@ -125,7 +127,6 @@ fn an_imported_folder_opens_with_every_tensor_under_its_new_name() {
 }
 
 fn source_shape(source: &GgufSource, name: &str) -> Vec<usize> {
-    use nibble_quant::format::TensorSource;
     source.info(name).unwrap().shape.clone()
 }
 
@@ -217,23 +218,23 @@ fn values_that_f16_cannot_hold_or_are_not_finite_are_named() {
         let mut embedding = weights(1, VOCAB * HIDDEN);
         embedding[HIDDEN + 2] = value;
         let g = model("llama").tensor("output.weight", &[HIDDEN as u64, VOCAB as u64], 0, f32_bytes(&embedding));
-        let source = open(dir.path(), g);
-        let options = ImportOptions { dtype, write: Options::default(), extra: vec![] };
-        let why = import_gguf(&source, &dir.path().join("hf"), &options, &Silent).unwrap_err().to_string();
-        assert!(why.contains("`output.weight`") && why.contains(wanted), "{why}");
-        assert!(!dir.path().join("hf").exists());
+        let source = GgufCheckpoint::open(open(dir.path(), g).path()).unwrap();
+        let out = dir.path().join("hf");
+        let why = import_gguf(&source, dtype, &out, &Options::default(), &Silent).unwrap_err().to_string();
+        assert!(why.contains("`lm_head.weight`") && why.contains(wanted), "{why}");
+        let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["m.gguf"], "no trying again helps, so nothing is kept");
     }
 }
 
 #[test]
 fn shards_and_threads_change_nothing_but_the_files() {
     let dir = tempfile::tempdir().unwrap();
-    let source = open(dir.path(), model("llama"));
+    let source = GgufCheckpoint::open(open(dir.path(), model("llama")).path()).unwrap();
     let run = |out: &str, shard_bytes: u64, threads: usize| {
-        let write = Options { shard_bytes, output: OutputOptions::default(), ..Options::default() };
-        let options = ImportOptions { dtype: Dtype::BF16, write, extra: vec![] };
+        let options = Options { shard_bytes, ..Options::default() };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| import_gguf(&source, &dir.path().join(out), &options, &Silent)).unwrap().path
+        pool.install(|| import_gguf(&source, Dtype::BF16, &dir.path().join(out), &options, &Silent)).unwrap().path
     };
     let one = run("one", u64::MAX, 1);
     let eight = run("eight", u64::MAX, 8);
@@ -248,4 +249,59 @@ fn shards_and_threads_change_nothing_but_the_files() {
     for info in a.infos() {
         assert_eq!(a.bytes(&info.name).unwrap(), b.bytes(&info.name).unwrap(), "{}", info.name);
     }
+}
+
+/// A tensor of blocks with finite scales in it.
+fn blocks(g: Gguf, name: &str, [n, k]: [usize; 2], block: &BlockType) -> Gguf {
+    let mut bytes: Vec<u8> = weights(5, n * k / block.values * block.bytes).iter().map(|v| v.to_bits() as u8).collect();
+    for (i, block) in bytes.chunks_mut(block.bytes).enumerate() {
+        block[..2].copy_from_slice(&half::f16::from_f32(0.01 * (i % 7 + 1) as f32).to_le_bytes());
+        block[2..4].copy_from_slice(&half::f16::from_f32(-0.1 * (i % 5) as f32).to_le_bytes());
+    }
+    g.tensor(name, &[k as u64, n as u64], block.id, bytes)
+}
+
+#[test]
+fn blocks_run_in_their_own_arithmetic_value_for_value() {
+    let mut exact = Vec::new();
+    for block in BLOCKS.iter().filter(|b| b.plain.is_none()) {
+        let dir = tempfile::tempdir().unwrap();
+        let shape = [HEADS * HEAD, 2 * block.values];
+        let names = ["blk.0.attn_q.weight", "blk.0.ffn_up.weight"];
+        let mut g = model("llama");
+        g.infos.retain(|(name, ..)| !names.contains(&name.as_str()));
+        let g = names.into_iter().fold(g, |g, name| blocks(g, name, shape, block));
+        let checkpoint = GgufCheckpoint::open(open(dir.path(), g).path()).unwrap();
+        for name in ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"] {
+            let Some(tensor) = checkpoint.quantized(name).unwrap() else { continue };
+            let mut values = Vec::new();
+            (&checkpoint as &dyn TensorSource).read_f32(name, &mut values).unwrap();
+            assert_eq!(tensor.dequantize(), values, "{} {name}", block.name);
+            exact.push(block.name);
+        }
+    }
+    exact.dedup();
+    assert_eq!(exact, ["Q4_0", "Q4_1", "Q8_0", "IQ4_NL"]);
+}
+
+#[test]
+fn rows_of_a_checkpoint_s_view_are_slices_of_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let g = add(model("llama"), "blk.0.attn_q.bias", &[HEADS * HEAD], 3);
+    let checkpoint = GgufCheckpoint::open(open(dir.path(), g).path()).unwrap();
+    for info in checkpoint.infos() {
+        let (n, cols) = info.rows_cols();
+        let (mut whole, mut part) = (Vec::new(), Vec::new());
+        (&checkpoint as &dyn TensorSource).read_f32(&info.name, &mut whole).unwrap();
+        for rows in (0..=n).flat_map(|a| (a..=n).map(move |b| a..b)) {
+            checkpoint.read_rows_f32(&info.name, rows.clone(), &mut part).unwrap();
+            assert_eq!(part, whole[rows.start * cols..rows.end * cols], "{} {rows:?}", info.name);
+        }
+    }
+    // A bias goes with the rows of its matrix.
+    let (mut stored, mut bias) = (Vec::new(), Vec::new());
+    (checkpoint.gguf() as &dyn TensorSource).read_f32("blk.0.attn_q.bias", &mut stored).unwrap();
+    (&checkpoint as &dyn TensorSource).read_f32("model.layers.0.self_attn.q_proj.bias", &mut bias).unwrap();
+    uninterleave(&mut stored, HEAD, 1);
+    assert_eq!(bias, stored);
 }

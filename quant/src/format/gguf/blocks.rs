@@ -84,6 +84,11 @@ pub fn find(id: u32) -> Option<&'static BlockType> {
     BLOCKS.iter().find(|b| b.id == id)
 }
 
+/// The row of a type whose values are stored one by one.
+pub fn plain(dtype: Dtype) -> Option<&'static BlockType> {
+    BLOCKS.iter().find(|b| b.plain == Some(dtype))
+}
+
 /// llama.cpp's non-linear levels.
 const IQ4_LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
