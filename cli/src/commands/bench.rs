@@ -25,7 +25,7 @@ pp512 runs a prompt of 512 tokens, tg128 decodes 128 tokens one by one, @ d1024 
 Neither tokenization nor sampling counts; a run before the counted ones warms up. bandwidth: bytes of weights read,
 relative to what this machine's memory delivers. int8: multiply-adds, relative to its integer peak.")]
 pub struct Bench {
-    /// Checkpoint folders, or ORG/NAME on the hub
+    /// Checkpoint folders or GGUF files, or ORG/NAME on the hub
     #[arg(value_name = "CHECKPOINT", required = true)]
     checkpoints: Vec<String>,
     /// Prompt lengths, 0 for none

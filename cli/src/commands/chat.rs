@@ -32,7 +32,7 @@ Example: echo \"Why is the sky blue?\" | nibble chat smol-int4 --quiet
 
 /help lists what can be typed besides messages. With --json each answer is one line of JSON.")]
 pub struct Chat {
-    /// Checkpoint folder, or ORG/NAME on the hub
+    /// Checkpoint folder or GGUF file, or ORG/NAME on the hub
     #[arg(value_name = "CHECKPOINT")]
     checkpoint: String,
     /// The system message
@@ -125,6 +125,8 @@ impl Talk<'_> {
 
     /// Answers the last message. What the cache holds of the conversation already is not computed again.
     fn answer(&mut self, session: &Session) -> Result<()> {
+        // A Ctrl-C from before the message was not meant for its answer; one from now on is.
+        session.resume();
         let Some(prompt) = self.prompt(session)? else {
             self.messages.pop();
             output::remark("this message alone is longer than the context; --ctx makes it longer");
@@ -134,8 +136,6 @@ impl Talk<'_> {
         // The last token is run again even if it is held: its logits are wanted.
         let common = self.held.iter().zip(&prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
         self.context.truncate(decoder.backend(), 0, common)?;
-        // A Ctrl-C from before the message was not meant for its answer.
-        session.resume();
         let mut stream = Stream::new(session);
         let tokenizer = &self.speaker.tokenizer;
         let fresh = &prompt[common..];

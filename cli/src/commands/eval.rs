@@ -22,7 +22,7 @@ use std::time::Instant;
 The text is cut into chunks of --ctx tokens; the predictions in each chunk's second half are scored. The reference runs
 with activations in single precision. Figures compare only with figures of the same text, --ctx and --chunks.")]
 pub struct Eval {
-    /// Checkpoint folder, or ORG/NAME on the hub
+    /// Checkpoint folder or GGUF file, or ORG/NAME on the hub
     #[arg(value_name = "CHECKPOINT")]
     checkpoint: String,
     /// The checkpoint it was made from

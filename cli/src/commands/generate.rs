@@ -18,7 +18,7 @@ use std::path::PathBuf;
 #[command(after_help = "Example: nibble generate smol-int4 --chat -p \"Why is the sky blue?\" -n 96
 Example: nibble generate smol-int4 -p \"Once upon a time\" --temperature 0.8 --top-p 0.95 --seed 7")]
 pub struct Generate {
-    /// Checkpoint folder, or ORG/NAME on the hub
+    /// Checkpoint folder or GGUF file, or ORG/NAME on the hub
     #[arg(value_name = "CHECKPOINT")]
     checkpoint: String,
     /// The prompt

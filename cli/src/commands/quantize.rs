@@ -25,7 +25,7 @@ Example: nibble quantize ORG/NAME -o small --scheme int4-g64 --keep '*.layers.0.
 
 The output appears under its name only when it is whole and verified. A run that was stopped goes on with --resume.")]
 pub struct Quantize {
-    /// Checkpoint folder or file in floats, or ORG/NAME on the hub
+    /// Checkpoint folder or file in floats, GGUF file, or ORG/NAME on the hub
     #[arg(value_name = "SRC")]
     source: String,
     /// Folder to write

@@ -47,6 +47,7 @@ fn a_failed_verification_leaves_no_target_and_keeps_an_old_one() {
     let out = OutputDir::create(&target, &[], A, PLAIN).unwrap();
     assert!(out.commit(fail).is_err());
     assert!(!target.exists());
+    drop(out);
     fs::create_dir(&target).unwrap();
     fs::write(target.join("config.json"), b"old").unwrap();
     let out = OutputDir::create(&target, &[], A, FORCE).unwrap();
