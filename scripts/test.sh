@@ -32,6 +32,15 @@ else
     kernel_laws() { cargo test --package nibble-kernels --lib --tests --no-fail-fast; }
 fi
 
+say "GPU kernels: the PTX is what its sources compile to, and assembles within its budgets"
+status=0
+"$REPO/scripts/build_ptx.sh" --check || status=$?
+case $status in
+0) ;;
+3) echo "PTX check: the pinned compilers could not be fetched" >>"$NIBBLE_MISSING" ;;
+*) exit "$status" ;;
+esac
+
 say "doctests"
 cargo test --workspace --doc
 

@@ -4,6 +4,8 @@
 mod architecture;
 mod assets;
 mod bridge;
+mod cuda;
 mod fetched;
 mod oracle;
+mod ptx;
 mod tokens;

@@ -7,7 +7,8 @@ use crate::session::Session;
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use nibble_kernels::ActKind;
-use nibble_models::backend::KvKind;
+use nibble_models::backend::{Backend, KvKind};
+use nibble_models::cpu::CpuBackend;
 use nibble_models::generate::{GenerateOptions, Generation};
 use nibble_models::sample::SampleSettings;
 use nibble_models::tokenizer::Tokenizer;
@@ -27,6 +28,15 @@ pub struct Running {
     /// How keys and values are kept
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     pub kv: Kv,
+}
+
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// This machine's processor
+    Cpu,
+    /// The first NVIDIA GPU
+    Cuda,
 }
 
 /// Numbers that activations are in when they meet quantized weights.
@@ -78,10 +88,10 @@ impl Kv {
     }
 }
 
-/// A model ready to speak.
-pub struct Speaker {
+/// A model ready to speak, on the CPU if nothing else is said.
+pub struct Speaker<B: Backend = CpuBackend> {
     /// Its weights.
-    pub model: Model,
+    pub model: Model<B>,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
     /// Seconds that loading took.
@@ -99,6 +109,22 @@ impl Running {
         let tokenizer = model.tokenizer()?;
         Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
     }
+}
+
+/// Loads a model with its tokenizer on a GPU.
+#[cfg(feature = "cuda")]
+pub fn load_on_gpu(
+    session: &Session,
+    checkpoint: &str,
+) -> Result<Speaker<nibble_models::cuda::CudaBackend<nibble_kernels::cuda::driver::Driver>>> {
+    let path = crate::hub::checkpoint(session, checkpoint)?;
+    let start = Instant::now();
+    let driver = nibble_kernels::cuda::driver::Driver::open(0)?;
+    session.remark(format!("on {}", driver.name()?));
+    let backend = nibble_models::cuda::CudaBackend::new(nibble_kernels::cuda::Cuda::new(driver)?)?;
+    let model = Model::load_with(&path, backend)?;
+    let tokenizer = model.tokenizer()?;
+    Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
 }
 
 /// How tokens are chosen and when an answer ends.
@@ -146,7 +172,7 @@ struct GenerationConfig {
 
 impl Sampling {
     /// The options for a model: what was typed, else what its generation_config.json says, else the likeliest token.
-    pub fn options(&self, model: &Model) -> Result<GenerateOptions> {
+    pub fn options<B: Backend>(&self, model: &Model<B>) -> Result<GenerateOptions> {
         let own = GenerationConfig::read(model)?;
         let neutral = SampleSettings::default();
         let own_temperature = match own.do_sample {
@@ -175,7 +201,7 @@ impl Sampling {
 }
 
 impl GenerationConfig {
-    fn read(model: &Model) -> Result<GenerationConfig> {
+    fn read<B: Backend>(model: &Model<B>) -> Result<GenerationConfig> {
         const NAME: &str = "generation_config.json";
         let Some(json) = model.sidecars().json(NAME)? else { return Ok(GenerationConfig::default()) };
         let path = model.sidecars().file(NAME);

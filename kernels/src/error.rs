@@ -96,6 +96,12 @@ pub enum KernelError {
         /// The widest instruction set allowed.
         isa: &'static str,
     },
+    /// The CUDA device, its driver or what it is asked for can't be used.
+    #[error("CUDA: {why}")]
+    Cuda {
+        /// What was found and what helps.
+        why: String,
+    },
     /// `NIBBLE_ISA` holds a word that names no instruction set.
     #[error("NIBBLE_ISA={found}; known: scalar, avx2, avxvnni, avx512")]
     IsaName {

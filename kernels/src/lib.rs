@@ -8,6 +8,7 @@
 
 pub mod act;
 mod buffer;
+pub mod cuda;
 pub mod error;
 pub mod gemm;
 pub mod isa;

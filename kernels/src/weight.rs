@@ -13,7 +13,7 @@
 mod numbers;
 mod packed;
 
-pub(crate) use numbers::GroupNumbers;
+pub(crate) use numbers::{GroupNumbers, PackedNumbers};
 pub(crate) use packed::{Body, Grid, PackedZeros};
 pub use packed::{PackedWeight, WeightKind};
 

@@ -282,7 +282,8 @@ fn product<'a>(linear: &'a mut Linear<'_, CpuBackend>, rows: usize) -> Product<'
     Product { weight: linear.weight, bias, accumulate: false, out: linear.out.write(rows) }
 }
 
-fn pack_dense(dense: &DenseMatrix<'_>) -> Result<PackedWeight> {
+/// Packs floats as a checkpoint stores them.
+pub(crate) fn pack_dense(dense: &DenseMatrix<'_>) -> Result<PackedWeight> {
     let bytes = dense.bytes.as_ref();
     let source = |source: DenseSource<'_>| Ok(PackedWeight::pack_dense(dense.n, dense.k, source)?);
     match dense.dtype {

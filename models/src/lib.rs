@@ -5,6 +5,7 @@ pub mod bench;
 pub mod bridge;
 pub mod config;
 pub mod cpu;
+pub mod cuda;
 pub mod decoder;
 pub mod error;
 pub mod eval;

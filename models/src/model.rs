@@ -1,5 +1,6 @@
-//! A model on the CPU: checkpoint, tokenizer and chat template, ready to generate.
+//! A model on a device: checkpoint, tokenizer and chat template, ready to generate.
 
+use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::cpu::CpuBackend;
 use crate::decoder::Decoder;
@@ -36,11 +37,11 @@ impl ModelOptions {
     }
 }
 
-/// A checkpoint on the CPU.
-pub struct Model {
+/// A checkpoint on a device, the CPU if nothing else is said.
+pub struct Model<B: Backend = CpuBackend> {
     path: PathBuf,
     sidecars: Sidecars,
-    decoder: Decoder<CpuBackend>,
+    decoder: Decoder<B>,
     file_bytes: u64,
     parameters: u64,
 }
@@ -60,36 +61,40 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn load_on(path: impl AsRef<Path>, pool: Arc<Pool>, activations: ActKind) -> Result<Model> {
+        Self::load_with(path, CpuBackend::new(pool, activations))
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// The same on any device.
+    ///
+    /// # Errors
+    /// As [`Model::load`]; or the device refuses.
+    pub fn load_with(path: impl AsRef<Path>, backend: B) -> Result<Model<B>> {
         let path = path.as_ref();
         match format::detect(path)?.name {
             "gguf" => {
                 let source = GgufCheckpoint::open(path)?;
                 let sidecars = Sidecars::gguf(&source, "float32")?;
-                Self::pack(path, &source, sidecars, pool, activations)
+                Self::pack(path, &source, sidecars, backend)
             }
-            _ => Self::pack(path, &*format::open(path)?, Sidecars::folder(path), pool, activations),
+            _ => Self::pack(path, &*format::open(path)?, Sidecars::folder(path), backend),
         }
     }
 
-    fn pack(
-        path: &Path,
-        source: &dyn TensorSource,
-        sidecars: Sidecars,
-        pool: Arc<Pool>,
-        activations: ActKind,
-    ) -> Result<Model> {
+    fn pack(path: &Path, source: &dyn TensorSource, sidecars: Sidecars, backend: B) -> Result<Model<B>> {
         let file = sidecars.file("config.json");
         let json = serde_json::from_slice(&sidecars.need("config.json")?)
             .map_err(|e| ModelError::Damaged { path: file.clone(), why: format!("not JSON: {e}") })?;
         let config = ModelConfig::from_json(&file, &json)?;
-        let decoder = Decoder::load(&config, Weights::new(source), CpuBackend::new(pool, activations))?;
+        let decoder = Decoder::load(&config, Weights::new(source), backend)?;
         let file_bytes = source.infos().iter().map(|info| info.bytes as u64).sum();
         let parameters = source.infos().iter().map(|info| info.elements() as u64).sum();
         Ok(Model { path: path.to_path_buf(), sidecars, decoder, file_bytes, parameters })
     }
 
     /// The decoder.
-    pub fn decoder(&self) -> &Decoder<CpuBackend> {
+    pub fn decoder(&self) -> &Decoder<B> {
         &self.decoder
     }
 

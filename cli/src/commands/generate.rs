@@ -3,9 +3,10 @@
 use super::Run;
 use crate::failure::{Stopped, Usage};
 use crate::output;
-use crate::running::{Running, Sampling, Speaker, Stream, answer_json, timings};
+use crate::running::{Device, Running, Sampling, Speaker, Stream, answer_json, timings};
 use crate::session::Session;
 use anyhow::{Context as _, Result};
+use nibble_models::backend::Backend;
 use nibble_models::decoder::ContextPlan;
 use nibble_models::generate::{Finish, generate};
 use nibble_models::template::{Message, RenderOptions};
@@ -36,6 +37,9 @@ pub struct Generate {
     /// Tokens of context [default: what prompt and answer need, at most what the model was made for]
     #[arg(short, long, value_name = "N")]
     ctx: Option<usize>,
+    /// Where the model runs; on a GPU --threads and --activations have no effect
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    device: Device,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -45,8 +49,22 @@ pub struct Generate {
 impl Run for Generate {
     fn run(self, session: &Session) -> Result<()> {
         let prompt = self.prompt()?;
-        let speaker = self.running.load(session, &self.checkpoint)?;
-        let tokens = self.tokens(&speaker, &prompt)?;
+        match self.device {
+            Device::Cpu => self.speak(session, &self.running.load(session, &self.checkpoint)?, &prompt),
+            #[cfg(feature = "cuda")]
+            Device::Cuda => self.speak(session, &crate::running::load_on_gpu(session, &self.checkpoint)?, &prompt),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda => {
+                let why = "this nibble was built without CUDA; build it with `cargo build --release --features cuda`";
+                Err(Usage(why.to_string()).into())
+            }
+        }
+    }
+}
+
+impl Generate {
+    fn speak<B: Backend>(&self, session: &Session, speaker: &Speaker<B>, prompt: &str) -> Result<()> {
+        let tokens = self.tokens(speaker, prompt)?;
         let options = self.sampling.options(&speaker.model)?;
         let decoder = speaker.model.decoder();
         let limit = self.ctx.unwrap_or(decoder.config().max_positions);
@@ -71,9 +89,7 @@ impl Run for Generate {
             _ => Ok(()),
         }
     }
-}
 
-impl Generate {
     fn prompt(&self) -> Result<String> {
         match (&self.prompt, &self.file) {
             (Some(prompt), _) => Ok(prompt.clone()),
@@ -89,7 +105,7 @@ impl Generate {
         }
     }
 
-    fn tokens(&self, speaker: &Speaker, prompt: &str) -> Result<Vec<u32>> {
+    fn tokens<B: Backend>(&self, speaker: &Speaker<B>, prompt: &str) -> Result<Vec<u32>> {
         if !self.chat {
             return Ok(speaker.tokenizer.encode(prompt, true)?);
         }

@@ -47,6 +47,11 @@ impl RopeTable {
         2 * self.half
     }
 
+    /// (positions, half) cosines, and sines.
+    pub fn values(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// (half) cosines and sines of a position.
     fn row(&self, position: usize) -> (&[f32], &[f32]) {
         let at = position * self.half..(position + 1) * self.half;

@@ -251,7 +251,7 @@ impl Grid {
         PANEL * BLOCK * self.levels.bits() / 8
     }
 
-    fn code(&self, k: usize, panel: usize, lane: usize, col: usize) -> u8 {
+    pub(crate) fn code(&self, k: usize, panel: usize, lane: usize, col: usize) -> u8 {
         let panel = &self.codes[panel * k.div_ceil(BLOCK) * self.block_bytes()..];
         match self.levels.bits() {
             8 => panel[col / 4 * 64 + 4 * lane + col % 4],

@@ -1,0 +1,257 @@
+// Keys and values of a sequence, and attention over them in one streaming pass (FlashAttention, arXiv 2205.14135).
+//
+//   a cache's layer   keys (kv_heads, capacity, head_dim), values the same; int8 only: a scale for each head and position
+//   a block           one query row, one key head with up to 8 of its query heads, one chunk of keys
+//
+// Chunks of a row are merged afterwards, first to last, so that results don't depend on who finished when.
+
+#include "prim.cuh"
+
+enum CacheKind { CACHE_F32 = 0, CACHE_F16 = 1, CACHE_INT8 = 2 };
+
+// Byte offsets of one layer's parts from the cache's start.
+struct CacheLayer {
+    u64 keys;
+    u64 values;
+    u64 key_scales;
+    u64 value_scales;
+    u32 kv_heads;
+    u32 head_dim; // even
+    u32 capacity;
+    u32 unused;
+};
+
+struct Append {
+    CacheLayer layer;
+    const float* keys;   // (rows, kv_heads, head_dim)
+    const float* values; // the same
+    const Row* rows;
+};
+
+// A warp writes one head of one row: block x is the row, block y the head, block z keys or values.
+template <int KIND> DEVICE void append(const Append& p) {
+    u32 head = blockIdx.y, head_dim = p.layer.head_dim, pairs = head_dim / 2;
+    bool is_key = blockIdx.z == 0;
+    const Row& row = p.rows[blockIdx.x];
+    const float* x = (is_key ? p.keys : p.values) + ((u64)blockIdx.x * p.layer.kv_heads + head) * head_dim;
+    u64 place = (u64)head * p.layer.capacity + row.position;
+    u8* to = row.cache + (is_key ? p.layer.keys : p.layer.values);
+    float reciprocal = 1.0f;
+    if (KIND == CACHE_INT8) {
+        float most = 0.0f, poison = 0.0f;
+        for (u32 d = lane_id(); d < head_dim; d += 32) {
+            most = larger(most, magnitude(x[d]));
+            poison = fmaf(x[d], 0.0f, poison); // NaN if a number isn't finite
+        }
+        most = warp_max(most);
+        poison = warp_sum(poison);
+        reciprocal = 127.0f / most;
+        // Magnitudes so small that 127 / most overflows are kept as zeros.
+        bool is_finite = magnitude(reciprocal) < infinity();
+        float scale = (is_finite ? most / 127.0f : 0.0f) + poison;
+        if (!is_finite) reciprocal = 0.0f;
+        float* scales = (float*)(row.cache + (is_key ? p.layer.key_scales : p.layer.value_scales));
+        if (lane_id() == 0) scales[place] = scale;
+    }
+    for (u32 pair = lane_id(); pair < pairs; pair += 32) {
+        float lo = x[2 * pair], hi = x[2 * pair + 1];
+        u64 at = place * pairs + pair;
+        if (KIND == CACHE_F32) {
+            ((FloatPair*)to)[at] = {lo, hi};
+        } else if (KIND == CACHE_F16) {
+            const float most = 65504.0f;
+            // NaN stays NaN: a comparison with it is false.
+            lo = lo > most ? most : lo < -most ? -most : lo;
+            hi = hi > most ? most : hi < -most ? -most : hi;
+            ((u32*)to)[at] = half2_of(lo, hi);
+        } else {
+            int a = __float2int_rn(lo * reciprocal), b = __float2int_rn(hi * reciprocal);
+            ((u16*)to)[at] = (u16)((a & 255) | (b & 255) << 8);
+        }
+    }
+}
+
+KERNEL __launch_bounds__(32) append_f32(const Append p) { append<CACHE_F32>(p); }
+KERNEL __launch_bounds__(32) append_f16(const Append p) { append<CACHE_F16>(p); }
+KERNEL __launch_bounds__(32) append_int8(const Append p) { append<CACHE_INT8>(p); }
+
+struct Attend {
+    CacheLayer layer;
+    const float* q; // (rows, heads, head_dim)
+    const Row* rows;
+    float* out;      // (rows, heads, head_dim)
+    float* partial;  // (rows, chunks, heads, head_dim + 2): sums, largest score, weight
+    u32 heads;
+    u32 block_heads; // query heads of a block, at most MOST_HEADS
+    u32 passes;      // blocks that share a key head
+    u32 chunk;       // keys of a chunk
+    u32 chunks;
+    u32 window; // positions a query sees, its own included
+    float scale;
+    float cap; // 0: none
+};
+
+static const int MOST_HEADS = 8;
+static const int THREADS = 128;
+static const int TILE = 32; // keys whose scores are held at once, one a lane
+
+// Two numbers of one head at one position.
+template <int KIND> DEVICE FloatPair cached(const u8* numbers, const float* scales, u64 place, u32 pairs, u32 pair) {
+    u64 at = place * pairs + pair;
+    if (KIND == CACHE_F32) return ((const FloatPair*)numbers)[at];
+    if (KIND == CACHE_F16) return floats_of(((const u32*)numbers)[at]);
+    u32 codes = ((const u16*)numbers)[at];
+    float scale = scales[place];
+    FloatPair d;
+    d.lo = (float)(signed char)(codes & 255) * scale;
+    d.hi = (float)(signed char)(codes >> 8) * scale;
+    return d;
+}
+
+template <int KIND> DEVICE void attend(const Attend& p) {
+    extern __shared__ __align__(16) float shared[];
+    u32 head_dim = p.layer.head_dim, pairs = head_dim / 2, stride = head_dim + 1;
+    u32 chunk = blockIdx.x, kv_head = blockIdx.y / p.passes, pass = blockIdx.y % p.passes, row = blockIdx.z;
+    u32 group = p.heads / p.layer.kv_heads;
+    u32 head0 = kv_head * group + pass * p.block_heads;
+    u32 heads = min(p.block_heads, group - pass * p.block_heads);
+    // Threads that read values: `spread` positions at a time, a pair of numbers each.
+    u32 spread = max((u32)THREADS / pairs, 1u);
+
+    float* queries = shared;                                        // (heads, head_dim)
+    float* weights = queries + p.block_heads * head_dim;            // (heads, TILE)
+    float* corrections = weights + p.block_heads * TILE;            // (heads)
+    float* totals = corrections + p.block_heads;                    // (heads)
+    float* keys = totals + p.block_heads;                           // (TILE, stride); at the end (spread, heads, head_dim)
+
+    u32 position = p.rows[row].position;
+    const u8* cache = p.rows[row].cache;
+    u32 seen = position + 1 > p.window ? position + 1 - p.window : 0;
+    u32 begin = max(seen, chunk * p.chunk), end = min(position + 1, (chunk + 1) * p.chunk);
+    float* partial = p.partial + (((u64)row * p.chunks + chunk) * p.heads + head0) * (head_dim + 2);
+    if (begin >= end) {
+        // The query sees no key of this chunk.
+        if (threadIdx.x < heads) partial[(u64)threadIdx.x * (head_dim + 2) + head_dim + 1] = 0.0f;
+        return;
+    }
+    const u8* key_numbers = cache + p.layer.keys;
+    const u8* value_numbers = cache + p.layer.values;
+    const float* key_scales = (const float*)(cache + p.layer.key_scales);
+    const float* value_scales = (const float*)(cache + p.layer.value_scales);
+    u64 place0 = (u64)kv_head * p.layer.capacity;
+
+    const float* q = p.q + ((u64)row * p.heads + head0) * head_dim;
+    for (u32 at = threadIdx.x; at < heads * head_dim; at += THREADS) queries[at] = q[at] * p.scale;
+
+    // Of the heads that this thread's warp scores: every fourth.
+    float largest[MOST_HEADS / 4], total[MOST_HEADS / 4];
+#pragma unroll
+    for (int s = 0; s < MOST_HEADS / 4; s++) largest[s] = -infinity(), total[s] = 0.0f;
+    FloatPair sums[MOST_HEADS];
+#pragma unroll
+    for (int g = 0; g < MOST_HEADS; g++) sums[g].lo = sums[g].hi = 0.0f;
+    u32 my_pair = threadIdx.x % pairs, my_start = threadIdx.x / pairs;
+
+    for (u32 first = begin; first < end; first += TILE) {
+        u32 count = min(end - first, (u32)TILE);
+        for (u32 at = threadIdx.x; at < count * pairs; at += THREADS) {
+            u32 key = at / pairs, pair = at % pairs;
+            FloatPair x = cached<KIND>(key_numbers, key_scales, place0 + first + key, pairs, pair);
+            keys[key * stride + 2 * pair] = x.lo;
+            keys[key * stride + 2 * pair + 1] = x.hi;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < MOST_HEADS / 4; s++) {
+            u32 head = warp_id() + 4 * s;
+            if (head < heads) {
+                float score = -infinity();
+                if (lane_id() < count) {
+                    score = 0.0f;
+                    for (u32 d = 0; d < head_dim; d++)
+                        score = fmaf(queries[head * head_dim + d], keys[lane_id() * stride + d], score);
+                    if (p.cap > 0.0f) score = p.cap * tanh_fast(score / p.cap);
+                }
+                float most = larger(largest[s], warp_max(score));
+                float weight = lane_id() < count ? exp_fast(score - most) : 0.0f;
+                float correction = exp_fast(largest[s] - most);
+                total[s] = fmaf(total[s], correction, warp_sum(weight));
+                largest[s] = most;
+                weights[head * TILE + lane_id()] = weight;
+                if (lane_id() == 0) corrections[head] = correction;
+            }
+        }
+        __syncthreads();
+        if (my_start < spread) {
+#pragma unroll
+            for (int g = 0; g < MOST_HEADS; g++)
+                if (g < heads) sums[g].lo *= corrections[g], sums[g].hi *= corrections[g];
+            for (u32 key = my_start; key < count; key += spread) {
+                FloatPair x = cached<KIND>(value_numbers, value_scales, place0 + first + key, pairs, my_pair);
+#pragma unroll
+                for (int g = 0; g < MOST_HEADS; g++)
+                    if (g < heads) {
+                        sums[g].lo = fmaf(weights[g * TILE + key], x.lo, sums[g].lo);
+                        sums[g].hi = fmaf(weights[g * TILE + key], x.hi, sums[g].hi);
+                    }
+            }
+        }
+    }
+    __syncthreads();
+    if (my_start < spread) {
+#pragma unroll
+        for (int g = 0; g < MOST_HEADS; g++)
+            if (g < heads) {
+                float* to = keys + (my_start * p.block_heads + g) * head_dim + 2 * my_pair;
+                to[0] = sums[g].lo;
+                to[1] = sums[g].hi;
+            }
+    }
+#pragma unroll
+    for (int s = 0; s < MOST_HEADS / 4; s++) {
+        u32 head = warp_id() + 4 * s;
+        if (head < heads && lane_id() == 0) {
+            totals[head] = total[s];
+            if (p.chunks > 1) {
+                partial[(u64)head * (head_dim + 2) + head_dim] = largest[s];
+                partial[(u64)head * (head_dim + 2) + head_dim + 1] = total[s];
+            }
+        }
+    }
+    __syncthreads();
+    float* out = p.out + ((u64)row * p.heads + head0) * head_dim;
+    for (u32 at = threadIdx.x; at < heads * head_dim; at += THREADS) {
+        u32 head = at / head_dim, d = at % head_dim;
+        float sum = 0.0f;
+        for (u32 part = 0; part < spread; part++) sum += keys[(part * p.block_heads + head) * head_dim + d];
+        if (p.chunks > 1)
+            partial[(u64)head * (head_dim + 2) + d] = sum;
+        else
+            out[at] = sum / totals[head];
+    }
+}
+
+KERNEL __launch_bounds__(128, 4) attend_f32(const Attend p) { attend<CACHE_F32>(p); }
+KERNEL __launch_bounds__(128, 4) attend_f16(const Attend p) { attend<CACHE_F16>(p); }
+KERNEL __launch_bounds__(128, 4) attend_int8(const Attend p) { attend<CACHE_INT8>(p); }
+
+// A row's chunks together; block x is the head, block y the row.
+KERNEL __launch_bounds__(128) attend_merge(const Attend p) {
+    u32 head_dim = p.layer.head_dim, head = blockIdx.x, row = blockIdx.y, part_len = head_dim + 2;
+    const float* parts = p.partial + ((u64)row * p.chunks * p.heads + head) * part_len;
+    u64 next = (u64)p.heads * part_len;
+    float most = -infinity();
+    for (u32 c = 0; c < p.chunks; c++)
+        if (parts[c * next + head_dim + 1] != 0.0f) most = larger(most, parts[c * next + head_dim]);
+    for (u32 d = threadIdx.x; d < head_dim; d += THREADS) {
+        float sum = 0.0f, total = 0.0f;
+        for (u32 c = 0; c < p.chunks; c++) {
+            const float* part = parts + c * next;
+            if (part[head_dim + 1] == 0.0f) continue;
+            float share = exp_fast(part[head_dim] - most);
+            sum = fmaf(share, part[d], sum);
+            total = fmaf(share, part[head_dim + 1], total);
+        }
+        p.out[((u64)row * p.heads + head) * head_dim + d] = sum / total;
+    }
+}

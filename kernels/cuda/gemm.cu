@@ -1,0 +1,156 @@
+// More than 8 tokens times a quantized weight on the tensor cores. A block is four warps; each holds TILES tiles of 16
+// outputs for 8 * COLUMNS tokens, so a code is turned into its level once for all tokens of the block.
+//
+//   outputs   block x: 4 warps x TILES tiles of 16
+//   tokens    block y: 8 * COLUMNS
+//   K         block z: a part of the units; parts are added afterwards in one order
+//
+// Activations and codes of STAGES units are on their way to shared memory at any time. Codes go through shared memory
+// only to wait there without registers: a lane reads back what it copied itself.
+
+#include "linear.cuh"
+
+static const int WARPS = 4;
+
+template <int CODES, int COLUMNS, int TILES> struct Stage {
+    Quad x[8 * COLUMNS][8]; // (token, 8 values of K): chunk c of an odd token lies at c ^ 4, so that two tokens' chunks
+                            // fill all banks
+    Quad codes[WARPS][TILES][QUADS<CODES>][32];
+};
+
+template <int CODES, int COLUMNS, int TILES, int STAGES> DEVICE void gemm(const Product& p) {
+    __shared__ Stage<CODES, COLUMNS, TILES> stages[STAGES];
+    const int quads = QUADS<CODES>;
+    const Weight& weight = p.weight;
+    u32 lane = lane_id(), warp = warp_id(), i = lane / 4, j = lane % 4, units = weight.units;
+    u32 token0 = blockIdx.y * (8 * COLUMNS);
+    u32 tiles = (weight.n + 15) / 16;
+    u32 first = blockIdx.z * p.split_units;
+    u32 end = min(first + p.split_units, units);
+    u32 tile0 = (blockIdx.x * WARPS + warp) * TILES;
+
+    // Tiles past the last one compute it again, and are not written.
+    u32 tile[TILES];
+#pragma unroll
+    for (int t = 0; t < TILES; t++) tile[t] = min(tile0 + t, tiles - 1);
+
+    auto fetch = [&](u32 unit, u32 slot) {
+        Stage<CODES, COLUMNS, TILES>& stage = stages[slot];
+#pragma unroll
+        for (int part = 0; part < 8 * COLUMNS * 8 / (WARPS * 32); part++) {
+            u32 at = part * (WARPS * 32) + threadIdx.x;
+            u32 token = at / 8, chunk = at % 8;
+            bool is_there = token0 + token < p.m;
+            const u16* from = p.x + ((u64)(is_there ? token0 + token : 0) * units + unit) * 64 + chunk * 8;
+            copy_async(shared_address(&stage.x[token][chunk ^ ((token & 1) * 4)]), from, is_there ? 16 : 0);
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int q = 0; q < quads; q++) {
+                const Quad* from = weight.codes + (((u64)tile[t] * units + unit) * quads + q) * 32 + lane;
+                copy_async(shared_address(&stage.codes[warp][t][q][lane]), from, 16);
+            }
+    };
+
+    float sums[TILES][COLUMNS][4];
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums[t][c][e] = 0.0f;
+
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (first + s < end) fetch(first + s, s);
+        copy_commit();
+    }
+    u32 slot = 0, free_slot = STAGES - 1;
+    for (u32 unit = first; unit < end; unit++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();
+        // Every warp has left the slot that was computed last.
+        if (unit + STAGES - 1 < end) fetch(unit + STAGES - 1, free_slot);
+        copy_commit();
+        const Stage<CODES, COLUMNS, TILES>& stage = stages[slot];
+#pragma unroll 1
+        for (int h = 0; h < 2; h++) {
+            u32 group = divide(2 * unit + h, weight.group_magic);
+            u32 a[TILES][2][4];
+            FloatPair scale[TILES], min[TILES];
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                scale[t] = number_pair(weight.scales, weight.groups, tile[t], group, i);
+                if (weight.zero_kind == ZERO_MIN)
+                    min[t] = number_pair(weight.mins, weight.groups, tile[t], group, i);
+                Quad codes = stage.codes[warp][t][quads == 2 ? h : 0][lane];
+                levels_of_half<CODES>(a[t], codes, h, zeros_at<CODES>(weight, tile[t], group, i), weight);
+            }
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++) {
+                Quad b = stage.x[c * 8 + i][(h * 4 + j) ^ ((i & 1) * 4)];
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    mma(sum, a[t][0], b.x, b.y);
+                    mma(sum, a[t][1], b.z, b.w);
+                    add_scaled(sums[t][c], sum, scale[t]);
+                }
+                if (weight.zero_kind == ZERO_MIN)
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) add_minimums(sums[t][c], b, min[t]);
+            }
+        }
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        free_slot = free_slot + 1 == STAGES ? 0 : free_slot + 1;
+    }
+    copy_wait<0>();
+
+    // A part of K leaves its bare sums; their factors and bias come when the parts are added.
+    bool is_whole = p.splits == 1;
+    float* out = is_whole ? p.out : p.partial + (u64)blockIdx.z * p.m * weight.n;
+    bool accumulate = is_whole && p.accumulate;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 row = (tile0 + t) * 16 + half * 8 + i;
+            if (row >= weight.n) continue;
+            float bias = is_whole && p.bias ? p.bias[row] : 0.0f;
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    u32 token = token0 + c * 8 + 2 * j + e;
+                    if (token >= p.m) continue;
+                    float* to = out + (u64)token * weight.n + row;
+                    float y = fmaf(sums[t][c][half * 2 + e], is_whole ? p.factor[token] : 1.0f, bias);
+                    *to = accumulate ? *to + y : y;
+                }
+        }
+}
+
+// BLOCKS on a processor at a time: the registers that leaves a thread are the most it may use.
+#define GEMM(NAME, CODES, COLUMNS, TILES, STAGES, BLOCKS)                                                              \
+    KERNEL __launch_bounds__(128, BLOCKS) NAME(const Product p) { gemm<CODES, COLUMNS, TILES, STAGES>(p); }
+
+GEMM(gemm16_w4, CODES_W4, 2, 1, 4, 4)
+GEMM(gemm32_w4, CODES_W4, 4, 1, 4, 4)
+GEMM(gemm64_w4, CODES_W4, 8, 2, 4, 3)
+GEMM(gemm16_w4_table, CODES_W4_TABLE, 2, 1, 4, 4)
+GEMM(gemm32_w4_table, CODES_W4_TABLE, 4, 1, 4, 4)
+GEMM(gemm64_w4_table, CODES_W4_TABLE, 8, 2, 4, 3)
+GEMM(gemm16_w8, CODES_W8, 2, 1, 4, 4)
+GEMM(gemm32_w8, CODES_W8, 4, 1, 4, 4)
+GEMM(gemm64_w8, CODES_W8, 8, 2, 3, 3)
+
+// The parts of K together, first to last.
+KERNEL __launch_bounds__(256) gemm_sum(const Product p) {
+    u32 n = p.weight.n;
+    u64 at = (u64)blockIdx.x * 256 + threadIdx.x, outputs = (u64)p.m * n;
+    if (at >= outputs) return;
+    float sum = 0.0f;
+    for (u32 part = 0; part < p.splits; part++) sum += p.partial[part * outputs + at];
+    write_output(p, (u32)(at / n), (u32)(at % n), sum);
+}

@@ -1,0 +1,159 @@
+// What a transformer does to rows between its products. Sums are single precision in one order a block.
+
+#include "prim.cuh"
+
+struct Pack {
+    const float* x; // (rows, width)
+    u16* out;       // (rows, 64 units)
+    float* factor;  // (rows)
+    u32 width;
+    u32 units;
+};
+
+// Rows in half precision, each times the power of two that brings its largest magnitude into 8192..16384: no row is too
+// large for halves, and values 2^-27 of the largest still count.
+KERNEL __launch_bounds__(256) pack_rows(const Pack p) {
+    __shared__ float scratch[8];
+    u32 row = blockIdx.x;
+    const float* x = p.x + (u64)row * p.width;
+    float most = 0.0f;
+    for (u32 k = threadIdx.x; k < p.width; k += 256) most = larger(most, magnitude(x[k]));
+    most = block_max(most, scratch);
+    int exponent = (int)(__float_as_uint(most) >> 23);
+    int shift = exponent == 255 ? 0 : min(140 - exponent, 126);
+    float power = __uint_as_float((u32)(127 + shift) << 23);
+    u32* out = (u32*)p.out + (u64)row * p.units * 32;
+    for (u32 pair = threadIdx.x; pair < p.units * 32; pair += 256) {
+        float lo = 2 * pair < p.width ? x[2 * pair] * power : 0.0f;
+        float hi = 2 * pair + 1 < p.width ? x[2 * pair + 1] * power : 0.0f;
+        out[pair] = half2_of(lo, hi);
+    }
+    if (threadIdx.x == 0) p.factor[row] = __uint_as_float((u32)(127 - shift) << 23);
+}
+
+struct Norm {
+    const float* x; // (rows, width)
+    const float* gain;
+    float* out; // (rows, width), may be x
+    u32 width;
+    float eps;
+};
+
+// A block a row.
+KERNEL __launch_bounds__(1024) rms_norm(const Norm p) {
+    __shared__ float scratch[32];
+    const float* x = p.x + (u64)blockIdx.x * p.width;
+    float* out = p.out + (u64)blockIdx.x * p.width;
+    float sum = 0.0f;
+    for (u32 k = threadIdx.x; k < p.width; k += blockDim.x) sum = fmaf(x[k], x[k], sum);
+    float mean = block_sum(sum, scratch) / (float)p.width;
+    float scale = 1.0f / sqrtf(mean + p.eps);
+    for (u32 k = threadIdx.x; k < p.width; k += blockDim.x) out[k] = x[k] * scale * p.gain[k];
+}
+
+struct Rope {
+    float* x;         // (rows, heads, head_dim)
+    const float* cos; // (positions, half)
+    const float* sin;
+    const Row* rows;
+    u32 heads;
+    u32 head_dim;
+    u32 half;
+    u32 count; // rows * heads * half
+};
+
+// A thread a pair: values d and d + half of a head.
+KERNEL __launch_bounds__(256) rope(const Rope p) {
+    u32 at = blockIdx.x * 256 + threadIdx.x;
+    if (at >= p.count) return;
+    u32 d = at % p.half, head = at / p.half;
+    u32 turn = p.rows[head / p.heads].position * p.half + d;
+    float* x = p.x + (u64)head * p.head_dim + d;
+    float a = x[0], b = x[p.half], c = p.cos[turn], s = p.sin[turn];
+    x[0] = fmaf(-b, s, a * c);
+    x[p.half] = fmaf(a, s, b * c);
+}
+
+struct Elements {
+    float* x;
+    const float* y;
+    u64 count;
+    float factor;
+};
+
+DEVICE u64 element() { return (u64)blockIdx.x * 256 + threadIdx.x; }
+
+// x = silu(x) * y
+KERNEL __launch_bounds__(256) gate_silu(const Elements p) {
+    if (element() >= p.count) return;
+    float x = p.x[element()];
+    p.x[element()] = x / (1.0f + exp_fast(-x)) * p.y[element()];
+}
+
+// x = gelu(x) * y, gelu by its approximation with tanh
+KERNEL __launch_bounds__(256) gate_gelu(const Elements p) {
+    if (element() >= p.count) return;
+    float x = p.x[element()];
+    float inner = 0.7978845608028654f * fmaf(0.044715f * x * x, x, x);
+    p.x[element()] = 0.5f * x * (1.0f + tanh_fast(inner)) * p.y[element()];
+}
+
+// x += y
+KERNEL __launch_bounds__(256) add(const Elements p) {
+    if (element() < p.count) p.x[element()] += p.y[element()];
+}
+
+// x *= factor
+KERNEL __launch_bounds__(256) scale(const Elements p) {
+    if (element() < p.count) p.x[element()] *= p.factor;
+}
+
+// x = factor * tanh(x / factor)
+KERNEL __launch_bounds__(256) softcap(const Elements p) {
+    if (element() < p.count) p.x[element()] = p.factor * tanh_fast(p.x[element()] / p.factor);
+}
+
+struct Select {
+    const float* x; // (.., width)
+    const u32* rows;
+    float* out; // (rows, width)
+    u32 width;
+};
+
+// A block a row.
+KERNEL __launch_bounds__(256) select_rows(const Select p) {
+    const float* x = p.x + (u64)p.rows[blockIdx.x] * p.width;
+    float* out = p.out + (u64)blockIdx.x * p.width;
+    for (u32 k = threadIdx.x; k < p.width; k += 256) out[k] = x[k];
+}
+
+struct Argmax {
+    const float* x; // (rows, stride)
+    u32* out;       // (rows)
+    u32 stride;
+    u32 width; // numbers of a row that are looked at
+};
+
+DEVICE bool is_better(float a, u32 at, float b, u32 than) { return a > b || (a == b && at < than); }
+
+// Where a row's largest number is, the first of equals; NaN is never it. A block a row; 0xffffffff if there is none.
+KERNEL __launch_bounds__(1024) argmax(const Argmax p) {
+    __shared__ float values[32];
+    __shared__ u32 places[32];
+    const float* x = p.x + (u64)blockIdx.x * p.stride;
+    float best = -infinity();
+    u32 place = 0xffffffff;
+    for (u32 k = threadIdx.x; k < p.width; k += blockDim.x)
+        if (is_better(x[k], k, best, place)) best = x[k], place = k;
+    for (u32 mask = 16; mask > 0; mask /= 2) {
+        float other = from_lane_xor(best, mask);
+        u32 there = from_lane_xor(place, mask);
+        if (is_better(other, there, best, place)) best = other, place = there;
+    }
+    if (lane_id() == 0) values[warp_id()] = best, places[warp_id()] = place;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (u32 w = 1; w < blockDim.x / 32; w++)
+        if (is_better(values[w], places[w], best, place)) best = values[w], place = places[w];
+    p.out[blockIdx.x] = place;
+}

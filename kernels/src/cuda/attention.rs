@@ -1,0 +1,280 @@
+//! Keys and values of sequences, and attention over them; `kernels/cuda/attention.cu` says how.
+
+use super::gpu::{DeviceMemory, Gpu, Launch};
+use super::rows::{DeviceRows, DeviceTable, Place};
+use super::{Cuda, SCRATCH, check_room, size};
+use crate::KernelError;
+use crate::ops::AttentionSpec;
+use bytemuck::{Pod, Zeroable, bytes_of};
+
+/// Query heads of a block.
+const MOST_HEADS: usize = 8;
+/// Threads of a block.
+const THREADS: usize = 128;
+/// Keys whose scores a block holds at once.
+const TILE: usize = 32;
+/// Least keys of a chunk: fewer aren't worth merging.
+const LEAST_CHUNK: usize = 64;
+/// Widest head: a block's shared memory is at most 48 KiB.
+const WIDEST: usize = 256;
+
+/// How keys and values are kept, as [`crate::ops::KvKind`].
+pub use crate::ops::KvKind as CacheKind;
+
+/// The size of a sequence's cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Layers.
+    pub layers: usize,
+    /// Key/value heads of a layer.
+    pub kv_heads: usize,
+    /// Values of a head, an even number of at most 256.
+    pub head_dim: usize,
+    /// Positions that fit.
+    pub capacity: usize,
+    /// How numbers are kept.
+    pub kind: CacheKind,
+}
+
+/// `CacheLayer` of attention.cu.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct LayerArgument {
+    keys: u64,
+    values: u64,
+    key_scales: u64,
+    value_scales: u64,
+    kv_heads: u32,
+    head_dim: u32,
+    capacity: u32,
+    unused: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct AppendArgument {
+    layer: LayerArgument,
+    keys: u64,
+    values: u64,
+    rows: u64,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct AttendArgument {
+    layer: LayerArgument,
+    q: u64,
+    rows: u64,
+    out: u64,
+    partial: u64,
+    heads: u32,
+    block_heads: u32,
+    passes: u32,
+    chunk: u32,
+    chunks: u32,
+    window: u32,
+    scale: f32,
+    cap: f32,
+}
+
+impl CacheShape {
+    fn element(&self) -> usize {
+        match self.kind {
+            CacheKind::F32 => 4,
+            CacheKind::F16 => 2,
+            CacheKind::Int8 => 1,
+        }
+    }
+
+    /// Bytes of one layer's keys; of its values as well.
+    fn side(&self) -> usize {
+        (self.kv_heads * self.capacity * self.head_dim * self.element()).next_multiple_of(256)
+    }
+
+    /// Bytes of the scales of one side.
+    fn scales(&self) -> usize {
+        if self.kind == CacheKind::Int8 { (self.kv_heads * self.capacity * 4).next_multiple_of(256) } else { 0 }
+    }
+
+    fn layer_bytes(&self) -> usize {
+        2 * (self.side() + self.scales())
+    }
+
+    fn layer(&self, layer: usize) -> Result<LayerArgument, KernelError> {
+        check_room("layers of a cache", self.layers, layer + 1)?;
+        let start = layer * self.layer_bytes();
+        let [values, key_scales, value_scales] =
+            [self.side(), 2 * self.side(), 2 * self.side() + self.scales()].map(|at| (start + at) as u64);
+        Ok(LayerArgument {
+            keys: start as u64,
+            values,
+            key_scales,
+            value_scales,
+            kv_heads: size(self.kv_heads)?,
+            head_dim: size(self.head_dim)?,
+            capacity: size(self.capacity)?,
+            unused: 0,
+        })
+    }
+}
+
+/// Keys and values of one sequence, all layers.
+#[derive(Debug)]
+pub struct DeviceCache<M> {
+    shape: CacheShape,
+    memory: M,
+}
+
+impl<M: DeviceMemory> DeviceCache<M> {
+    /// Its size.
+    pub fn shape(&self) -> &CacheShape {
+        &self.shape
+    }
+
+    /// A position in this cache, for a batch's table.
+    ///
+    /// # Errors
+    /// There is no room for it.
+    pub fn place(&self, position: usize) -> Result<Place, KernelError> {
+        check_room("kv cache", self.shape.capacity, position + 1)?;
+        Ok(Place::at(position)?.in_cache(self.memory.address()))
+    }
+}
+
+/// One layer of the caches that a batch's table points to: all have one shape.
+#[derive(Debug, Clone, Copy)]
+pub struct CudaAttention<'a, M> {
+    /// The caches that the table's places were made by.
+    pub caches: &'a [DeviceCache<M>],
+    /// Which layer.
+    pub layer: usize,
+    /// Where the batch's rows stand.
+    pub table: &'a DeviceTable<M>,
+}
+
+impl<M: DeviceMemory> CudaAttention<'_, M> {
+    /// The caches' shape; refuses a table with places of other caches.
+    fn shape(&self) -> Result<&CacheShape, KernelError> {
+        let refuse = |why: &str| KernelError::Cuda { why: why.to_string() };
+        let Some(first) = self.caches.first() else { return Err(refuse("attention without a cache")) };
+        if self.caches.iter().any(|cache| cache.shape != first.shape) {
+            return Err(refuse("attention over caches of different shapes"));
+        }
+        let is_known = |place: &Place| self.caches.iter().any(|cache| cache.memory.address() == place.cache);
+        if !self.table.places.iter().all(is_known) {
+            return Err(refuse("attention over a cache that isn't there"));
+        }
+        check_room("kv cache", first.shape.capacity, self.table.last_position() + 1)?;
+        Ok(&first.shape)
+    }
+}
+
+impl<G: Gpu> Cuda<G> {
+    /// An empty cache.
+    ///
+    /// # Errors
+    /// Heads are odd or wider than 256, or the device has no memory for it.
+    pub fn cache(&self, shape: CacheShape) -> Result<DeviceCache<G::Memory>, KernelError> {
+        let CacheShape { head_dim, .. } = shape;
+        if head_dim > WIDEST || !head_dim.is_multiple_of(2) || head_dim == 0 {
+            let why = format!("heads of {head_dim} values; kernels take even numbers up to {WIDEST}");
+            return Err(KernelError::Cuda { why });
+        }
+        Ok(DeviceCache { shape, memory: self.gpu.allocate(shape.layers * shape.layer_bytes())? })
+    }
+
+    /// Writes each row's keys and values, (rows, kv_heads * head_dim), at its place.
+    ///
+    /// # Errors
+    /// Shapes don't fit each other.
+    pub fn append(
+        &self,
+        at: CudaAttention<'_, G::Memory>,
+        keys: &DeviceRows<G::Memory>,
+        values: &DeviceRows<G::Memory>,
+    ) -> Result<(), KernelError> {
+        let (shape, rows) = (at.shape()?, at.table.places.len());
+        keys.check("appended keys", rows, shape.kv_heads * shape.head_dim)?;
+        values.check("appended values", rows, shape.kv_heads * shape.head_dim)?;
+        let argument = AppendArgument {
+            layer: shape.layer(at.layer)?,
+            keys: keys.values.address(),
+            values: values.values.address(),
+            rows: at.table.memory.address(),
+        };
+        let kernel = match shape.kind {
+            CacheKind::F32 => "append_f32",
+            CacheKind::F16 => "append_f16",
+            CacheKind::Int8 => "append_int8",
+        };
+        let grid = [size(rows)?, size(shape.kv_heads)?, 2];
+        self.gpu.launch(&Launch::new(kernel, grid, 32, bytes_of(&argument)))
+    }
+
+    /// Causal attention of each row's query heads over its sequence, up to its own position: append first.
+    ///
+    /// # Errors
+    /// Shapes don't fit each other, or heads don't share key heads evenly.
+    pub fn attend(
+        &self,
+        spec: &AttentionSpec,
+        at: CudaAttention<'_, G::Memory>,
+        q: &DeviceRows<G::Memory>,
+        out: &mut DeviceRows<G::Memory>,
+    ) -> Result<(), KernelError> {
+        let (shape, rows) = (at.shape()?, at.table.places.len());
+        let group = spec.heads.checked_div(shape.kv_heads).unwrap_or(0);
+        if group == 0 || group * shape.kv_heads != spec.heads {
+            let why = format!("{} heads don't share {} key heads evenly", spec.heads, shape.kv_heads);
+            return Err(KernelError::Cuda { why });
+        }
+        q.check("queries", rows, spec.heads * shape.head_dim)?;
+        out.check("attention's output", rows, spec.heads * shape.head_dim)?;
+        if rows == 0 {
+            return Ok(());
+        }
+        let passes = group.div_ceil(MOST_HEADS);
+        let block_heads = group.div_ceil(passes);
+        let keys = at.table.last_position() + 1;
+        let chunk = self.chunk(keys, rows * shape.kv_heads * passes, rows * spec.heads * (shape.head_dim + 2));
+        let chunks = keys.div_ceil(chunk);
+        let argument = AttendArgument {
+            layer: shape.layer(at.layer)?,
+            q: q.values.address(),
+            rows: at.table.memory.address(),
+            out: out.values.address(),
+            partial: self.scratch.address(),
+            heads: size(spec.heads)?,
+            block_heads: size(block_heads)?,
+            passes: size(passes)?,
+            chunk: size(chunk)?,
+            chunks: size(chunks)?,
+            window: spec.window.map_or(Ok(u32::MAX), |window| size(window.max(1)))?,
+            scale: spec.scale,
+            cap: spec.softcap.unwrap_or(0.0),
+        };
+        let kernel = match shape.kind {
+            CacheKind::F32 => "attend_f32",
+            CacheKind::F16 => "attend_f16",
+            CacheKind::Int8 => "attend_int8",
+        };
+        let spread = (THREADS / (shape.head_dim / 2)).max(1);
+        let area = (TILE * (shape.head_dim + 1)).max(spread * block_heads * shape.head_dim);
+        let floats = block_heads * (shape.head_dim + TILE + 2) + area;
+        let grid = [size(chunks)?, size(shape.kv_heads * passes)?, size(rows)?];
+        let launch = Launch::new(kernel, grid, size(THREADS)?, bytes_of(&argument));
+        self.gpu.launch(&launch.with_shared(size(floats * 4)?))?;
+        if chunks > 1 {
+            let grid = [size(spec.heads)?, size(rows)?, 1];
+            self.gpu.launch(&Launch::new("attend_merge", grid, size(THREADS)?, bytes_of(&argument)))?;
+        }
+        Ok(())
+    }
+
+    /// Keys of a chunk, so that about four blocks a processor have something to do and the scratch holds their results.
+    fn chunk(&self, keys: usize, blocks: usize, partial_floats: usize) -> usize {
+        let wanted = (4 * self.gpu.processors() as usize).div_ceil(blocks.max(1));
+        let chunks = wanted.min(keys.div_ceil(LEAST_CHUNK)).min(SCRATCH / (partial_floats * 4).max(1)).max(1);
+        keys.div_ceil(chunks).next_multiple_of(TILE)
+    }
+}

@@ -1,0 +1,160 @@
+//! Attention over cached keys and values: kinds of caches, groups of heads, windows, caps, chunks, several sequences.
+
+use super::{Device, numbers, random, rows_of};
+use half::f16;
+use nibble_kernels::cuda::{CacheKind, CacheShape, CudaAttention, Gpu};
+use nibble_kernels::ops::AttentionSpec;
+
+/// What a cache makes of one head's numbers at one position.
+fn kept(kind: CacheKind, x: &[f32]) -> Vec<f64> {
+    match kind {
+        CacheKind::F32 => x.iter().map(|x| f64::from(*x)).collect(),
+        CacheKind::F16 => x.iter().map(|x| f16::from_f32(*x).to_f64()).collect(),
+        CacheKind::Int8 => {
+            let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+            let (scale, reciprocal) = (most / 127.0, 127.0 / most);
+            x.iter().map(|x| f64::from((x * reciprocal).round_ties_even() * scale)).collect()
+        }
+    }
+}
+
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    kind: CacheKind,
+    window: Option<usize>,
+    softcap: Option<f32>,
+    /// Positions that each sequence has before its last batch, and rows of that batch.
+    sequences: &'static [(usize, usize)],
+    processors: u32,
+}
+
+fn check<G: Gpu>(device: Device<G>, case: &Case) {
+    let &Case { heads, kv_heads, head_dim, kind, window, softcap, sequences, processors } = case;
+    let cuda = device(processors);
+    let mut random = random((heads * head_dim + processors as usize) as u64);
+    let shape = CacheShape { layers: 2, kv_heads, head_dim, capacity: 300, kind };
+    let caches: Vec<_> = sequences.iter().map(|_| cuda.cache(shape).unwrap()).collect();
+    let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+    let mut table = cuda.table(400).unwrap();
+    let all: Vec<[Vec<f32>; 2]> = sequences
+        .iter()
+        .map(|(before, rows)| [0, 1].map(|_| numbers(&mut random, (before + rows) * kv_width)))
+        .collect();
+    // What came before, then the last batch of all sequences together.
+    for last in [false, true] {
+        let range = |s: usize| {
+            let (before, rows) = sequences[s];
+            if last { before..before + rows } else { 0..before }
+        };
+        let places = (0..sequences.len()).flat_map(|s| range(s).map(move |at| (s, at)));
+        let count = places.clone().count();
+        if count == 0 {
+            continue;
+        }
+        cuda.set_table(&mut table, places.map(|(s, at)| caches[s].place(at).unwrap())).unwrap();
+        let side = |side: usize| {
+            let rows =
+                (0..sequences.len()).flat_map(|s| &all[s][side][range(s).start * kv_width..range(s).end * kv_width]);
+            rows_of(&cuda, &rows.copied().collect::<Vec<_>>(), kv_width)
+        };
+        for layer in [1, 0] {
+            // Layer 0 comes last, so that layer 1 shows if the layers lie over each other.
+            let at = CudaAttention { caches: &caches, layer, table: &table };
+            cuda.append(at, &side(layer ^ 1), &side(layer)).unwrap();
+        }
+    }
+    let rows: usize = sequences.iter().map(|(_, rows)| rows).sum();
+    let q = numbers(&mut random, rows * width);
+    let mut out = cuda.rows(rows, width).unwrap();
+    let spec = AttentionSpec { heads, scale: 1.0 / (head_dim as f32).sqrt(), window, softcap };
+    // Layer 1 holds keys in `all[..][0]` and values in `all[..][1]`.
+    let at = CudaAttention { caches: &caches, layer: 1, table: &table };
+    cuda.attend(&spec, at, &rows_of(&cuda, &q, width), &mut out).unwrap();
+    let found = cuda.read_rows(&out, 0..rows).unwrap();
+
+    let mut row = 0;
+    for (s, (before, count)) in sequences.iter().enumerate() {
+        for position in *before..before + count {
+            for head in 0..heads {
+                let kv = head / (heads / kv_heads) * head_dim;
+                let first = (position + 1).saturating_sub(window.unwrap_or(usize::MAX));
+                let number = |side: usize, at: usize| kept(kind, &all[s][side][at * kv_width + kv..][..head_dim]);
+                let query = &q[row * width + head * head_dim..][..head_dim];
+                let scores: Vec<f64> = (first..=position)
+                    .map(|at| {
+                        let dot: f64 = number(0, at).iter().zip(query).map(|(k, q)| k * f64::from(*q)).sum();
+                        let score = dot * f64::from(spec.scale);
+                        softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                    })
+                    .collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                let mut wanted = vec![0.0; head_dim];
+                for (at, weight) in (first..=position).zip(&weights) {
+                    wanted.iter_mut().zip(number(1, at)).for_each(|(w, v)| *w += weight / total * v);
+                }
+                for (d, wanted) in wanted.iter().enumerate() {
+                    let got = f64::from(found[row * width + head * head_dim + d]);
+                    // Scores of magnitude up to 16 with head_dim roundings, sums over up to 300 positions of values up
+                    // to 1: some hundreds of roundings.
+                    let bound = 1000.0 / f64::from(1 << 24);
+                    assert!(
+                        (got - wanted).abs() <= bound,
+                        "{kind:?} {heads}/{kv_heads} x {head_dim}: {row} {head} {d}: {got}, wanted {wanted}"
+                    );
+                }
+            }
+            row += 1;
+        }
+    }
+}
+
+pub fn attention_is_softmax_of_scores_times_values<G: Gpu>(device: Device<G>) {
+    let plain = Case {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        kind: CacheKind::F16,
+        window: None,
+        softcap: None,
+        sequences: &[(0, 1)],
+        processors: 2,
+    };
+    check(device, &plain);
+    check(device, &Case { sequences: &[(40, 1)], kind: CacheKind::F32, ..plain });
+    check(device, &Case { sequences: &[(100, 1), (3, 1), (64, 1)], kind: CacheKind::Int8, ..plain });
+    check(device, &Case { sequences: &[(0, 37)], heads: 9, kv_heads: 3, head_dim: 64, ..plain });
+    check(device, &Case { sequences: &[(290, 1)], processors: 132, head_dim: 128, ..plain });
+    check(device, &Case { sequences: &[(250, 2), (10, 3)], processors: 132, heads: 22, kv_heads: 2, ..plain });
+    check(device, &Case { sequences: &[(150, 5)], window: Some(20), head_dim: 80, ..plain });
+    check(device, &Case { sequences: &[(150, 2)], window: Some(50), processors: 132, softcap: Some(2.0), ..plain });
+    check(
+        device,
+        &Case { sequences: &[(33, 2)], head_dim: 256, heads: 2, kv_heads: 1, kind: CacheKind::Int8, ..plain },
+    );
+    check(device, &Case { sequences: &[(33, 2)], head_dim: 6, heads: 8, kv_heads: 1, kind: CacheKind::F32, ..plain });
+}
+
+pub fn unfit_caches_are_refused<G: Gpu>(device: Device<G>) {
+    let cuda = device(2);
+    let shape = CacheShape { layers: 1, kv_heads: 2, head_dim: 16, capacity: 8, kind: CacheKind::F16 };
+    for head_dim in [0, 15, 258] {
+        assert!(cuda.cache(CacheShape { head_dim, ..shape }).is_err(), "heads of {head_dim}");
+    }
+    let caches = [cuda.cache(shape).unwrap()];
+    assert!(caches[0].place(8).is_err(), "a position past the cache");
+    let other = cuda.cache(shape).unwrap();
+    let mut table = cuda.table(1).unwrap();
+    let kv = cuda.rows(1, 32).unwrap();
+    cuda.set_table(&mut table, [other.place(0).unwrap()].into_iter()).unwrap();
+    let foreign = cuda.append(CudaAttention { caches: &caches, layer: 0, table: &table }, &kv, &kv);
+    assert!(foreign.is_err(), "a place in another cache");
+    cuda.set_table(&mut table, [caches[0].place(0).unwrap()].into_iter()).unwrap();
+    let at = CudaAttention { caches: &caches, layer: 1, table: &table };
+    assert!(cuda.append(at, &kv, &kv).is_err(), "a layer past the last");
+    let two = [caches[0].place(0).unwrap(), caches[0].place(1).unwrap()];
+    assert!(cuda.set_table(&mut table, two.into_iter()).is_err(), "more rows than the table has room for");
+}
