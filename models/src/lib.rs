@@ -25,7 +25,7 @@ pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, RopeFrequenci
 pub use error::{ModelError, Result};
 pub use family::{FAMILIES, Family};
 pub use hub::{HubEvent, HubOptions};
-pub use model::{Model, ModelOptions};
+pub use model::{Model, ModelOptions, gguf_sidecars};
 pub use sample::{SampleSettings, Sampler, argmax};
 pub use sidecars::Sidecars;
 pub use stop::StopStrings;

@@ -7,7 +7,7 @@ use crate::decoder::Decoder;
 use crate::error::{ModelError, Result};
 use crate::sidecars::Sidecars;
 use crate::template::ChatTemplate;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{GgufVocab, Tokenizer};
 use crate::weights::Weights;
 use nibble_kernels::{ActKind, Pool};
 use nibble_quant::format::gguf::GgufCheckpoint;
@@ -75,7 +75,7 @@ impl<B: Backend> Model<B> {
         match format::detect(path)?.name {
             "gguf" => {
                 let source = GgufCheckpoint::open(path)?;
-                let sidecars = Sidecars::gguf(&source, "float32")?;
+                let sidecars = gguf_sidecars(&source, "float32")?;
                 Self::pack(path, &source, sidecars, backend)
             }
             _ => Self::pack(path, &*format::open(path)?, Sidecars::folder(path), backend),
@@ -139,4 +139,22 @@ impl<B: Backend> Model<B> {
                 .to_string(),
         })
     }
+}
+
+/// The files that a GGUF file's metadata amounts to: `config.json`, `generation_config.json`, `tokenizer.json` and
+/// `tokenizer_config.json` with the chat template. `dtype` is what config.json says of the weights' type.
+///
+/// # Errors
+/// The metadata lacks or contradicts what one of them needs.
+pub fn gguf_sidecars(source: &GgufCheckpoint, dtype: &str) -> Result<Sidecars> {
+    let path = source.path();
+    let tokenizer = GgufVocab::from_metadata(path, source.gguf().metadata())?.to_files()?;
+    let files = [
+        ("config.json", source.config(dtype)?),
+        ("generation_config.json", source.generation_config()?),
+        ("tokenizer.json", tokenizer.tokenizer),
+        ("tokenizer_config.json", tokenizer.tokenizer_config),
+    ];
+    let held = files.into_iter().map(|(name, value)| (name.to_owned(), format!("{value:#}\n").into_bytes()));
+    Ok(Sidecars::held(path, held.collect()))
 }

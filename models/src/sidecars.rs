@@ -4,12 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use nibble_quant::format::TensorSource;
-use nibble_quant::format::gguf::GgufCheckpoint;
 use serde_json::Value;
 
 use crate::error::{ModelError, Result};
-use crate::tokenizer::GgufVocab;
 
 /// Configuration, tokenizer and chat template of one checkpoint, by their names in a Hugging Face folder.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,22 +22,9 @@ impl Sidecars {
         Self { path: path.as_ref().to_path_buf(), held: None }
     }
 
-    /// Those that a GGUF file's metadata amounts to: `config.json`, `generation_config.json`, `tokenizer.json` and
-    /// `tokenizer_config.json` with the chat template. `dtype` is what config.json says of the weights' type.
-    ///
-    /// # Errors
-    /// The metadata lacks or contradicts what one of them needs.
-    pub fn gguf(source: &GgufCheckpoint, dtype: &str) -> Result<Self> {
-        let path = source.path().to_path_buf();
-        let tokenizer = GgufVocab::from_metadata(&path, source.gguf().metadata())?.to_files()?;
-        let files = [
-            ("config.json", source.config(dtype)?),
-            ("generation_config.json", source.generation_config()?),
-            ("tokenizer.json", tokenizer.tokenizer),
-            ("tokenizer_config.json", tokenizer.tokenizer_config),
-        ];
-        let held = files.into_iter().map(|(name, value)| (name.to_owned(), format!("{value:#}\n").into_bytes()));
-        Ok(Self { path, held: Some(held.collect()) })
+    /// Those that aren't files: `held` are their contents by name, `path` is what they were made from.
+    pub fn held(path: &Path, held: BTreeMap<String, Vec<u8>>) -> Self {
+        Self { path: path.to_path_buf(), held: Some(held) }
     }
 
     /// What is held in memory, with relative paths: files that are still to be written.

@@ -4,7 +4,7 @@ use super::{largest_difference, oracle};
 use crate::assets::asset;
 use nibble_models::backend::KvKind;
 use nibble_models::decoder::ContextPlan;
-use nibble_models::{Model, ModelOptions, Sidecars, argmax};
+use nibble_models::{Model, ModelOptions, argmax, gguf_sidecars};
 use nibble_quant::convert::{Options, Silent, import_gguf};
 use nibble_quant::format::Dtype;
 use nibble_quant::format::gguf::GgufCheckpoint;
@@ -26,7 +26,7 @@ fn smollm2_is_candles_llama_on_the_same_weights() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("smollm2");
     let source = GgufCheckpoint::open(&gguf).unwrap();
-    let extra = Sidecars::gguf(&source, "float32").unwrap().into_files();
+    let extra = gguf_sidecars(&source, "float32").unwrap().into_files();
     let options = Options { extra, ..Options::default() };
     import_gguf(&source, Dtype::F32, &dir, &options, &Silent).unwrap();
     let model = Model::load(&dir, &ModelOptions { threads: Some(2), ..ModelOptions::exact() }).unwrap();

@@ -7,7 +7,7 @@ use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::Result;
 use clap::ValueEnum;
-use nibble_models::Sidecars;
+use nibble_models::gguf_sidecars;
 use nibble_quant::convert::{self, Options};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{Dtype, OutputOptions};
@@ -58,7 +58,7 @@ impl Run for Import {
         let options = Options {
             output: OutputOptions { force: self.force, resume: self.resume },
             stop: Some(session.stop()),
-            extra: Sidecars::gguf(&source, name)?.into_files(),
+            extra: gguf_sidecars(&source, name)?.into_files(),
             ..Options::default()
         };
         let meter = Meter::new(session, "import", "tensors");

@@ -8,7 +8,7 @@ use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::Result;
-use nibble_models::Sidecars;
+use nibble_models::gguf_sidecars;
 use nibble_quant::convert::{self, Importance, Options, Plan, Report};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
@@ -85,7 +85,7 @@ fn open(session: &Session, path: &Path) -> Result<(Box<dyn TensorSource>, Vec<(P
         let (name, stored) = (&info.name, info.stored.name());
         session.remark(format!("{}: `{name}` is {stored} already; quantizing again adds to its error", path.display()));
     }
-    let extra = Sidecars::gguf(&source, "float32")?.into_files();
+    let extra = gguf_sidecars(&source, "float32")?.into_files();
     Ok((Box::new(source), extra))
 }
 
