@@ -22,7 +22,8 @@ fn a_quantized_linear_is_candles_product_with_its_values() {
     let weight = numbers(n * k, 37);
     let preset = presets::by_name("int4-g32").unwrap();
     let spec = &preset.scheme.weight;
-    let input = AlgoInput { name: "w", weight: &weight, shape: [n, k], spec, importance: None, seed: 0 };
+    let input =
+        AlgoInput { name: "w", weight: &weight, shape: [n, k], spec, importance: None, calibrated: None, seed: 0 };
     let tensor = (nibble_quant::algo::algorithm("rtn").unwrap().run)(&input).unwrap();
     let bias = numbers(n, 29);
     let pool = Arc::new(Pool::new(2));

@@ -1,6 +1,7 @@
 //! The commands, one row each: a name, the words it takes, and what it does.
 
 mod bench;
+mod calibrate;
 mod chat;
 mod diff;
 mod eval;
@@ -44,6 +45,7 @@ const fn command<C: Run>(name: &'static str) -> Command {
 pub static COMMANDS: &[Command] = &[
     command::<import::Import>("import"),
     command::<quantize::Quantize>("quantize"),
+    command::<calibrate::Calibrate>("calibrate"),
     command::<generate::Generate>("generate"),
     command::<chat::Chat>("chat"),
     command::<bench::Bench>("bench"),

@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod bench;
 pub mod bridge;
+pub mod calibrate;
 pub mod config;
 pub mod cpu;
 pub mod cuda;

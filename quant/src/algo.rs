@@ -11,12 +11,14 @@
 mod assemble;
 mod error;
 mod fit;
+mod gptq;
 mod grid;
 mod outliers;
 mod rows;
 mod second;
 
 use crate::error::Result;
+use crate::stats::Input;
 use crate::{QTensor, QuantError, QuantSpec};
 
 /// What an algorithm is given.
@@ -32,6 +34,8 @@ pub struct AlgoInput<'a> {
     pub spec: &'a QuantSpec,
     /// (k) second moments of what each column is multiplied by, if they were observed.
     pub importance: Option<&'a [f32]>,
+    /// What was observed of the tensor's input, for algorithms that need more than second moments.
+    pub calibrated: Option<&'a Input>,
     /// Seed of algorithms that draw random numbers.
     pub seed: u64,
 }
@@ -63,6 +67,11 @@ pub static ALGORITHMS: &[Algorithm] = &[
         name: "search",
         summary: "scales (and zeros) of least weighted error: a scan, then steps along the gradient of single codes",
         run: |input| rows::quantize(input, fit::Method::Search),
+    },
+    Algorithm {
+        name: "gptq",
+        summary: "searched scales, then codes that make up for each other's errors; without calibration the search alone",
+        run: gptq::quantize,
     },
 ];
 

@@ -18,7 +18,7 @@ pub use engine::{Options, Report};
 pub use import::import_gguf;
 pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
 pub use progress::{Progress, Silent, Stage};
-pub use recipe::{Importance, plan};
+pub use recipe::plan;
 pub use sidecars::sidecars;
 pub use verify::{Verified, verify};
 

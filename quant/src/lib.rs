@@ -9,6 +9,7 @@ pub mod bits;
 pub mod convert;
 pub mod error;
 pub mod format;
+mod linalg;
 pub mod manifest;
 mod names;
 pub mod nf4;
@@ -21,6 +22,7 @@ pub mod recipe;
 pub mod role;
 pub mod scheme;
 pub mod spec;
+pub mod stats;
 
 pub use algo::{ALGORITHMS, AlgoInput, Algorithm};
 pub use error::{QuantError, Result};

@@ -43,7 +43,7 @@ fn run(name: &str, weight: &[f32], k: usize, spec: &QuantSpec) -> QTensor {
 }
 
 fn input<'a>(weight: &'a [f32], k: usize, spec: &'a QuantSpec) -> AlgoInput<'a> {
-    AlgoInput { name: "w", weight, shape: [weight.len() / k, k], spec, importance: None, seed: 0 }
+    AlgoInput { name: "w", weight, shape: [weight.len() / k, k], spec, importance: None, calibrated: None, seed: 0 }
 }
 
 #[test]

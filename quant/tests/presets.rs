@@ -126,7 +126,15 @@ fn every_preset_packs_for_kernels() {
     let x: Vec<f32> = (0..5 * 96).map(|i| ((i * 37 % 101) as f32 - 50.0) * 1e-3).collect();
     for preset in PRESETS {
         let spec = &preset.scheme.weight;
-        let input = nibble_quant::AlgoInput { name: "w", weight: &x, shape: [5, 96], spec, importance: None, seed: 0 };
+        let input = nibble_quant::AlgoInput {
+            name: "w",
+            weight: &x,
+            shape: [5, 96],
+            spec,
+            importance: None,
+            calibrated: None,
+            seed: 0,
+        };
         let q = (nibble_quant::algo::algorithm(preset.algorithm).unwrap().run)(&input).unwrap();
         q.pack().unwrap_or_else(|e| panic!("{}: {e}", preset.name));
     }

@@ -49,6 +49,40 @@ fn a_model_is_quantized_verified_inspected_run_scored_and_compared() {
 }
 
 #[test]
+fn calibration_serves_one_conversion_or_many() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "96", "--ffn", "160", "--heads", "3", "--kv-heads", "3"]);
+    std::fs::write(place.path("text"), text(1300)).unwrap();
+    let kept = place.run(&["calibrate", "float", "--calib", "text", "-o", "stats", "--json"]).json();
+    assert_eq!(kept["inputs_with_gram"], 2 * 4);
+    assert!(kept["tokens"].as_u64().unwrap() >= 512, "{kept}");
+    place.run(&["calibrate", "float", "--calib", "text", "-o", "imatrix.gguf"]).ok();
+    let quantize = |out: &str, words: &[&str]| {
+        place.run(&[&["quantize", "float", "-o", out, "--scheme", "int3-g32-dq"], words].concat()).ok();
+        place.files(out).into_iter().filter(|(name, _)| name.ends_with(".safetensors")).collect::<Vec<_>>()
+    };
+    let blind = quantize("blind", &[]);
+    let weighted = quantize("weighted", &["--stats", "stats"]);
+    let gptq = quantize("gptq", &["--stats", "stats", "--effort", "max"]);
+    assert!(blind != weighted && weighted != gptq && blind != gptq);
+    assert!(gptq == quantize("at-once", &["--calib", "text", "--effort", "max", "-t", "1"]));
+    assert!(blind != quantize("imatrix", &["--stats", "imatrix.gguf"]));
+    let plan = place.run(&["quantize", "float", "-o", "x", "--stats", "imatrix.gguf", "--effort", "max", "--dry-run"]);
+    assert!(plan.ok().contains("no Gram matrix for GPTQ"), "{}", plan.stdout);
+    let error = |checkpoint: &str| {
+        let eval =
+            ["eval", checkpoint, "--reference", "float", "--text", "text", "--ctx", "64", "--activations", "f32"];
+        place.run(&[&eval[..], &["--json"]].concat()).json()["kl"]["mean"].as_f64().unwrap()
+    };
+    // On the text that it was calibrated on.
+    assert!(error("gptq") < error("blind"), "{} after {}", error("gptq"), error("blind"));
+    std::fs::write(place.path("short"), text(100)).unwrap();
+    let refused = place.run(&["calibrate", "float", "--calib", "short", "-o", "none"]);
+    assert!(refused.error(1).contains("calibration text has"), "{}", refused.stderr);
+    assert!(!place.path("none").exists());
+}
+
+#[test]
 fn threads_do_not_change_a_byte() {
     let place = Place::new();
     place.model("float", &["--hidden", "192", "--ffn", "288", "--heads", "6", "--kv-heads", "2"]);

@@ -10,7 +10,8 @@ use nibble_models::decoder::{ContextPlan, Decoder};
 use nibble_models::synth::SynthPlan;
 use nibble_models::weights::Weights;
 use nibble_models::{ModelConfig, argmax};
-use nibble_quant::convert::{self, Importance, Options, Silent};
+use nibble_quant::convert::{self, Options, Silent};
+use nibble_quant::stats::Stats;
 use nibble_quant::{Recipe, format};
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ fn checkpoint(folder: &Path, plan: &SynthPlan, scheme: Option<&str>) -> std::pat
     let out = folder.join("quantized");
     let source = format::open(&float).unwrap();
     let recipe = Recipe::new(scheme).unwrap();
-    let plan = convert::plan(source.as_ref(), &recipe, &Importance::new(), 0).unwrap();
+    let plan = convert::plan(source.as_ref(), &recipe, &Stats::default(), 0).unwrap();
     convert::quantize(&plan, source.as_ref(), scheme, &out, &Options::default(), &Silent).unwrap();
     out
 }

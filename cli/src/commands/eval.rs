@@ -120,7 +120,7 @@ impl Eval {
 }
 
 /// The token that a chunk begins with: that which the tokenizer puts before a text, if it does.
-fn beginning(tokenizer: &Tokenizer) -> Result<Option<u32>> {
+pub(super) fn beginning(tokenizer: &Tokenizer) -> Result<Option<u32>> {
     let first = tokenizer.encode("a", true)?.first().copied();
     Ok(tokenizer.bos().filter(|bos| first == Some(*bos)))
 }

@@ -1,6 +1,7 @@
 //! `nibble quantize`: a checkpoint becomes small.
 
 use super::Run;
+use super::calibrate::{CalibrationWords, in_words};
 use crate::arguments::Threads;
 use crate::classes::{bits_per_weight, class, group, is_linear};
 use crate::output::{self, Table};
@@ -8,11 +9,14 @@ use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::Result;
+use clap::ValueEnum;
 use nibble_models::gguf_sidecars;
-use nibble_quant::convert::{self, Importance, Options, Plan, Report};
+use nibble_quant::convert::{self, Options, Plan, Report};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
 use nibble_quant::manifest::TensorRecord;
+use nibble_quant::stats::Stats;
+use nibble_quant::{Recipe, Role, presets};
 use serde::Serialize;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -33,6 +37,14 @@ pub struct Quantize {
     output: PathBuf,
     #[command(flatten)]
     wishes: Wishes,
+    #[command(flatten)]
+    calibration: CalibrationWords,
+    /// Statistics that `nibble calibrate` has written, or an imatrix of llama.cpp
+    #[arg(long, value_name = "FILE", conflicts_with = "calib")]
+    stats: Option<PathBuf>,
+    /// How much work to put into codes where a scheme leaves it open
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Effort::Balanced)]
+    effort: Effort,
     /// Print what would be done and the memory it would take, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -49,13 +61,53 @@ pub struct Quantize {
     threads: Threads,
 }
 
+/// How much work to put into codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Effort {
+    /// Plain rounding
+    Fast,
+    /// Searched scales, weighted by --calib or --stats if there are any
+    Balanced,
+    /// The same, and GPTQ where there are Gram matrices
+    Max,
+}
+
+impl Effort {
+    /// Names the algorithm in rules for linear layers that leave it open, where the scheme doesn't insist on plain
+    /// rounding.
+    fn apply(self, recipe: &mut Recipe) {
+        let algorithm = match self {
+            Effort::Fast => "rtn",
+            Effort::Balanced => return,
+            Effort::Max => "gptq",
+        };
+        for rule in recipe.rules.iter_mut().filter(|rule| rule.algorithm.is_none()) {
+            let linear = rule.role.is_none_or(|role| role == Role::Linear);
+            let open = |name: &String| presets::by_name(name).map_or(true, |preset| preset.algorithm == "search");
+            if linear && rule.scheme.as_ref().is_some_and(open) {
+                rule.algorithm = Some(algorithm.to_string());
+            }
+        }
+    }
+}
+
 impl Run for Quantize {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
-        let recipe = self.wishes.recipe()?;
+        let mut recipe = self.wishes.recipe()?;
+        self.effort.apply(&mut recipe);
         let path = crate::hub::checkpoint(session, &self.source)?;
         let (source, extra) = open(session, &path)?;
-        let plan = convert::plan(&*source, &recipe, &Importance::new(), self.seed)?;
+        let stats = match (&self.calibration.calib, &self.stats) {
+            (Some(text), _) => {
+                let calibration = self.calibration.run(session, &path, text, self.threads)?;
+                output::remark(&format!("calibrated: {}", in_words(&calibration)));
+                calibration.stats
+            }
+            (None, Some(file)) => Stats::read(file)?,
+            (None, None) => Stats::default(),
+        };
+        let plan = convert::plan(&*source, &recipe, &stats, self.seed)?;
         if self.dry_run {
             return print_plan(session, &plan);
         }

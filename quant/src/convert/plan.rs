@@ -113,7 +113,7 @@ impl Plan {
     pub fn memory_rule() -> String {
         format!(
             "{} MiB + {MEMORY_PER_VALUE} bytes x values in flight (at least {} Mi, or the largest block of rows) + the \
-             largest tensor's bytes in the source",
+             largest tensor's bytes in the source, and calibration's Gram matrices with their factors",
             BASE_MEMORY >> 20,
             BLOCK_VALUES >> 20
         )

@@ -2,25 +2,24 @@
 
 use super::plan::{Choice, Plan, Quantize, plan_with};
 use crate::error::Result;
-use crate::format::{Dtype, TensorInfo, TensorSource};
+use crate::format::{Dtype, TensorSource};
 use crate::recipe::{Action, Keep, Recipe};
+use crate::stats::{Input, Stats};
 use crate::{AlgoInput, Granularity, OutlierSpec, QuantSpec, ScaleFormat, algo};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Second moments of what each column of a tensor is multiplied by, by tensor name.
-pub type Importance = HashMap<String, Arc<[f32]>>;
-
-/// Plans a conversion by a recipe. Columns are weighted by `importance` where it has a tensor.
+/// Plans a conversion by a recipe. Where `stats` have a tensor, its columns are weighted by them.
 ///
 /// # Errors
 /// If a rule matches nothing, a spec contradicts itself, or the source is quantized already.
-pub fn plan(source: &dyn TensorSource, recipe: &Recipe, importance: &Importance, seed: u64) -> Result<Plan> {
+pub fn plan(source: &dyn TensorSource, recipe: &Recipe, stats: &Stats, seed: u64) -> Result<Plan> {
     let names = source.infos().iter().map(|info| (info.name.as_str(), info.shape.as_slice()));
     let decisions = recipe.plan(names)?;
+    let digest = digest(stats);
     let decisions: HashMap<&str, _> = source.infos().iter().map(|i| i.name.as_str()).zip(decisions).collect();
-    plan_with(source, &|info| {
+    let mut plan = plan_with(source, &|info| {
         let Some(decision) = decisions.get(info.name.as_str()) else {
             return Ok(Choice::Keep("no rule matches".to_owned()));
         };
@@ -30,34 +29,36 @@ pub fn plan(source: &dyn TensorSource, recipe: &Recipe, importance: &Importance,
             Action::Keep(Keep::Bf16) => Ok(Choice::Convert(Dtype::BF16, decision.why.clone())),
             Action::Keep(Keep::F32) => Ok(Choice::Convert(Dtype::F32, decision.why.clone())),
             Action::Quantize { name, scheme, algorithm } => {
-                let how = quantize(info, &scheme.weight, algorithm, importance.get(&info.name), seed)?;
-                let label = format!("{name} {}", how.label);
-                Ok(Choice::Quantize(Quantize { label, why: decision.why.clone(), ..how }))
+                let input = stats.inputs.get(&info.name);
+                let how = quantize(&scheme.weight, algorithm, input, seed)?;
+                let observed = input.map(|_| format!(" calibrated {digest}")).unwrap_or_default();
+                let label = format!("{name} {}{observed}", how.label);
+                Ok(Choice::Quantize(Quantize { label, why: format!("{}{}", decision.why, how.why), ..how }))
             }
         }
-    })
+    })?;
+    plan.peak_memory += stats.conversion_bytes(rayon::current_num_threads());
+    Ok(plan)
 }
 
-fn quantize(
-    info: &TensorInfo,
-    spec: &QuantSpec,
-    algorithm: &'static str,
-    importance: Option<&Arc<[f32]>>,
-    seed: u64,
-) -> Result<Quantize> {
-    let algorithm = algo::algorithm(algorithm)?;
-    let weights = importance.cloned();
-    let with = spec.clone();
-    let quantizer = move |name: &str, shape: [usize; 2], values: &[f32]| {
-        let importance = weights.as_deref();
-        (algorithm.run)(&AlgoInput { name, weight: values, shape, spec: &with, importance, seed })
+fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<Input>>, seed: u64) -> Result<Quantize> {
+    let gram = calibrated.is_some_and(|input| input.gram().is_some());
+    let (algorithm, why) = match algorithm {
+        "gptq" if !gram => ("search", "; no Gram matrix for GPTQ: searched"),
+        name => (name, ""),
     };
-    let observed = importance.map(|i| format!(" importance {}", digest(i))).unwrap_or_default();
+    let algorithm = algo::algorithm(algorithm)?;
+    let importance = calibrated.map(|input| input.mean_squares());
+    let (input, with) = (calibrated.cloned(), spec.clone());
+    let quantizer = move |name: &str, shape: [usize; 2], values: &[f32]| {
+        let (importance, calibrated) = (importance.as_deref(), input.as_deref());
+        (algorithm.run)(&AlgoInput { name, weight: values, shape, spec: &with, importance, calibrated, seed })
+    };
     Ok(Quantize {
         spec: spec.clone(),
         quantizer: Arc::new(quantizer),
-        label: format!("{}{observed}", algorithm.name),
-        why: info.name.clone(),
+        label: algorithm.name.to_owned(),
+        why: why.to_owned(),
         rows_stand_alone: rows_stand_alone(spec),
     })
 }
@@ -69,9 +70,14 @@ fn rows_stand_alone(spec: &QuantSpec) -> bool {
         && !matches!(spec.outliers, OutlierSpec::Columns { .. })
 }
 
-/// The first digits of the numbers' sha256, for the fingerprint.
-fn digest(values: &[f32]) -> String {
+/// The first digits of the second moments' sha256, for the fingerprint.
+fn digest(stats: &Stats) -> String {
     let mut hash = Sha256::new();
-    values.iter().for_each(|v| hash.update(v.to_le_bytes()));
+    for (name, input) in &stats.inputs {
+        hash.update(name);
+        hash.update(input.rows().to_le_bytes());
+        hash.update([u8::from(input.gram().is_some())]);
+        input.mean_squares().iter().for_each(|v| hash.update(v.to_le_bytes()));
+    }
     crate::manifest::hex(&hash.finalize()[..6])
 }

@@ -70,6 +70,7 @@ fn quantize(preset: &str, golden: &Golden) -> QTensor {
         shape: golden.shape,
         spec: &preset.scheme.weight,
         importance: None,
+        calibrated: None,
         seed: 0,
     };
     (algorithm(preset.algorithm).unwrap().run)(&input).unwrap()

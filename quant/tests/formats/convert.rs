@@ -6,6 +6,7 @@ use nibble_quant::format::native::NativeSource;
 use nibble_quant::format::safetensors::SafetensorsSource;
 use nibble_quant::format::{self, Dtype, OutputOptions, TensorInfo, TensorSource};
 use nibble_quant::manifest::{Manifest, TensorRecord};
+use nibble_quant::stats::Stats;
 use nibble_quant::{
     FloatFormat, Granularity, Grid, OutlierSpec, PRESETS, QTensor, QuantError, QuantSpec, Recipe, Result, ScaleData,
     ScaleFormat, Zero, ZeroData,
@@ -366,7 +367,7 @@ fn every_preset_survives_a_conversion_in_blocks_and_is_read_back() {
     let source = SafetensorsSource::open(&file).unwrap();
     for preset in PRESETS {
         let recipe = Recipe::new(preset.name).unwrap();
-        let plan = plan(&source, &recipe, &Importance::new(), 0).unwrap();
+        let plan = plan(&source, &recipe, &Stats::default(), 0).unwrap();
         let out = dir.path().join(preset.name);
         let report = quantize(&plan, &source, &recipe.to_toml().unwrap(), &out, &Options::default(), &Silent).unwrap();
         let native = NativeSource::open(&report.path).unwrap();
@@ -399,7 +400,7 @@ fn a_rule_may_keep_floats_of_another_type() {
     let path = checkpoint(dir.path());
     let source = SafetensorsSource::open(&path).unwrap();
     let recipe = Recipe::from_flags(PRESETS[0].name, &["*.embed.weight=keep:f32".into()]).unwrap();
-    let plan = plan(&source, &recipe, &Importance::new(), 0).unwrap();
+    let plan = plan(&source, &recipe, &Stats::default(), 0).unwrap();
     let out = quantize(&plan, &source, "", &dir.path().join("out"), &Options::default(), &Silent).unwrap().path;
     let native = NativeSource::open(&out).unwrap();
     let (mut a, mut b) = (Vec::new(), Vec::new());

@@ -1,0 +1,123 @@
+//! `nibble calibrate`: what a model's linear layers read, kept for conversions.
+
+use super::Run;
+use crate::arguments::Threads;
+use crate::failure::Stopped;
+use crate::output;
+use crate::progress::{Meter, duration};
+use crate::session::Session;
+use anyhow::{Context as _, Result, bail};
+use nibble_kernels::ActKind;
+use nibble_models::calibrate::{Calibration, CalibrationPlan, calibrate};
+use nibble_models::{Model, ModelOptions};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Run a model over a text and keep statistics of what its linear layers read, for `quantize --stats`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.stats
+Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.imatrix.gguf
+
+Choose a text that is none of those that the model is judged by. A name that ends in .gguf gives llama.cpp's imatrix, which
+holds second moments only; GPTQ needs the Gram matrices that are kept otherwise.")]
+pub struct Calibrate {
+    /// Checkpoint folder in floats, or ORG/NAME on the hub
+    #[arg(value_name = "SRC")]
+    source: String,
+    /// File to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    words: CalibrationWords,
+    #[command(flatten)]
+    threads: Threads,
+}
+
+/// How calibration goes.
+#[derive(Debug, Clone, clap::Args)]
+pub struct CalibrationWords {
+    /// Text to run the model over: what its layers read there says which errors matter
+    #[arg(long, value_name = "FILE")]
+    pub calib: Option<PathBuf>,
+    /// Most tokens of that text to run
+    #[arg(long, value_name = "N", default_value_t = 32768)]
+    pub calib_tokens: usize,
+    /// Memory for Gram matrices in MiB; layers beyond it are weighted by second moments alone
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    pub gram_memory: u64,
+}
+
+impl Run for Calibrate {
+    fn run(self, session: &Session) -> Result<()> {
+        self.threads.set_for_conversion()?;
+        let Some(text) = &self.words.calib else { bail!("which text? --calib FILE") };
+        let path = crate::hub::checkpoint(session, &self.source)?;
+        let start = Instant::now();
+        let mut words = self.words.clone();
+        if self.output.extension().is_some_and(|e| e == "gguf") {
+            words.gram_memory = 0;
+        }
+        let calibration = words.run(session, &path, text, self.threads)?;
+        calibration.stats.write(&self.output)?;
+        let seconds = start.elapsed().as_secs_f64();
+        if session.json {
+            let mut value = figures(&calibration);
+            value["path"] = json!(self.output);
+            value["seconds"] = json!(seconds);
+            value["peak_rss_bytes"] = json!(output::peak_rss());
+            return output::json(&value);
+        }
+        let memory = output::peak_rss().map(|rss| format!(", peak memory {}", output::bytes(rss))).unwrap_or_default();
+        output::say(&format!("{}: {} in {}{memory}", self.output.display(), in_words(&calibration), duration(seconds)))
+    }
+}
+
+impl CalibrationWords {
+    /// Runs the model of a folder over a text.
+    pub fn run(&self, session: &Session, model: &Path, text: &Path, threads: Threads) -> Result<Calibration> {
+        let bytes = std::fs::read(text).with_context(|| format!("can't read {}", text.display()))?;
+        let content = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", text.display()))?;
+        let options = ModelOptions { threads: threads.threads.map(Into::into), activations: ActKind::F32 };
+        let model = Model::load(model, &options)?;
+        let tokenizer = model.tokenizer()?;
+        let tokens = tokenizer.encode(&content, false)?;
+        let plan = CalibrationPlan {
+            n_ctx: 512.min(model.decoder().config().max_positions),
+            tokens: Some(self.calib_tokens),
+            gram_bytes: self.gram_memory << 20,
+            bos: super::eval::beginning(&tokenizer)?,
+            text: text.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+        };
+        let meter = Meter::new(session, "calibrate", "chunks");
+        let mut stopped = false;
+        let calibration = calibrate(model.decoder(), &tokens, &plan, |done, of| {
+            if done == 1 {
+                meter.begin(of as u64, 0);
+            }
+            meter.add_thing("");
+            stopped = session.stopped();
+            !stopped
+        });
+        drop(meter);
+        if stopped {
+            return Err(Stopped.into());
+        }
+        Ok(calibration?)
+    }
+}
+
+/// What was kept, in words.
+pub fn in_words(calibration: &Calibration) -> String {
+    let (with, without) = calibration.grams;
+    let less = match without {
+        0 => String::new(),
+        _ => format!(", {without} with second moments only"),
+    };
+    format!("{} tokens, {with} inputs with Gram matrices{less}", calibration.tokens)
+}
+
+fn figures(calibration: &Calibration) -> Value {
+    let (with, without) = calibration.grams;
+    json!({"tokens": calibration.tokens, "inputs_with_gram": with, "inputs_without_gram": without})
+}

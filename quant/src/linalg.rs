@@ -1,0 +1,456 @@
+//! Symmetric matrices in tiles: sums of outer products, and the Cholesky factor that GPTQ feeds errors back with.
+//!
+//! ```text
+//!  row 0 | T00                 A row of tiles is contiguous. Tile (i, j) holds M[16 i + r][16 j + c] at [c][r], so that a
+//!  row 1 | T10 T11             row of tiles is also what the products below read: 16 values a step, one vector.
+//!  row 2 | T20 T21 T22
+//! ```
+//!
+//! Everything is written over [`Simd`]: every sum has one order, whatever the instruction set or the number of threads.
+
+use nibble_kernels::Isa;
+use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
+use rayon::prelude::*;
+
+/// Values of one tile.
+const TILE: usize = LANES * LANES;
+
+/// A symmetric matrix of any width, in f32; padded with zeros to whole tiles.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Symmetric {
+    width: usize,
+    /// Row i of tiles: i + 1 of them.
+    rows: Vec<Vec<f32>>,
+}
+
+impl Symmetric {
+    /// All zeros.
+    pub fn new(width: usize) -> Symmetric {
+        let rows = (0..width.div_ceil(LANES)).map(|i| vec![0.0; (i + 1) * TILE]).collect();
+        Symmetric { width, rows }
+    }
+
+    /// Rows and columns.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Bytes that a matrix of this width takes.
+    pub fn bytes(width: usize) -> u64 {
+        let tiles = width.div_ceil(LANES) as u64;
+        tiles * (tiles + 1) / 2 * TILE as u64 * 4
+    }
+
+    /// The value at a row and column.
+    pub fn get(&self, row: usize, col: usize) -> f32 {
+        let (row, col) = if row >= col { (row, col) } else { (col, row) };
+        self.rows[row / LANES][col / LANES * TILE + col % LANES * LANES + row % LANES]
+    }
+
+    #[cfg(test)]
+    fn set(&mut self, row: usize, col: usize, value: f32) {
+        let (row, col) = if row >= col { (row, col) } else { (col, row) };
+        self.rows[row / LANES][col / LANES * TILE + col % LANES * LANES + row % LANES] = value;
+    }
+
+    /// All tiles, row of tiles after row of tiles.
+    pub fn values(&self) -> impl Iterator<Item = f32> + '_ {
+        self.rows.iter().flatten().copied()
+    }
+
+    /// The matrix whose [values](Symmetric::values) are these; `None` if there are more or fewer than it has.
+    pub fn from_values(width: usize, values: &[f32]) -> Option<Symmetric> {
+        let mut matrix = Symmetric::new(width);
+        let mut rest = values;
+        for row in &mut matrix.rows {
+            let (own, after) = rest.split_at_checked(row.len())?;
+            row.copy_from_slice(own);
+            rest = after;
+        }
+        rest.is_empty().then_some(matrix)
+    }
+
+    /// Adds another one of the same width.
+    pub fn add(&mut self, other: &Symmetric) {
+        for (own, others) in self.rows.iter_mut().flatten().zip(other.rows.iter().flatten()) {
+            *own += others;
+        }
+    }
+
+    /// Adds `sum x x^T` over the rows of `x`, (rows, width).
+    ///
+    /// # Panics
+    /// If `x` isn't whole rows.
+    pub fn add_outer(&mut self, x: &[f32]) {
+        assert!(self.width > 0 && x.len().is_multiple_of(self.width), "whole rows");
+        let panels = Panels::new(x, self.width);
+        let isa = Isa::best();
+        self.rows.par_iter_mut().enumerate().rev().for_each(|(i, row)| {
+            simd::dispatch(isa, OuterRow { row, own: panels.panel(i), panels: &panels });
+        });
+    }
+
+    /// The lower Cholesky factor L of `scale * M + damping * I`, columns and rows taken in the order `order`;
+    /// `None` if that isn't positive definite. Padding gets a diagonal of 1.
+    fn cholesky(&self, order: &[u32], scale: f32, damping: f32) -> Option<Symmetric> {
+        let mut l = Symmetric::new(self.width);
+        let width = self.width;
+        l.rows.par_iter_mut().enumerate().for_each(|(i, row)| {
+            for (at, value) in row.iter_mut().enumerate() {
+                let (r, c) = (i * LANES + at % LANES, at / TILE * LANES + at % TILE / LANES);
+                let damp = if r == c { damping } else { 0.0 };
+                *value = match (order.get(r), order.get(c)) {
+                    (Some(&a), Some(&b)) => scale * self.get(a as usize, b as usize) + damp,
+                    _ if r == c => 1.0,
+                    _ => 0.0,
+                };
+            }
+        });
+        debug_assert_eq!(order.len(), width);
+        let isa = Isa::best();
+        for j in 0..l.rows.len() {
+            let (done, rest) = l.rows.split_at_mut(j + 1);
+            let Some(own) = done.last_mut() else { break };
+            simd::dispatch(isa, Diagonal { row: own })?;
+            let own: &[f32] = own;
+            rest.par_iter_mut().for_each(|row| simd::dispatch(isa, Below { row, j, diagonal: own }));
+        }
+        Some(l)
+    }
+}
+
+/// Rows cut into panels of 16 columns: (panels, rows, 16).
+struct Panels {
+    depth: usize,
+    values: Vec<f32>,
+}
+
+impl Panels {
+    fn new(x: &[f32], width: usize) -> Panels {
+        let depth = x.len() / width;
+        let mut values = vec![0.0; width.div_ceil(LANES) * depth * LANES];
+        values.par_chunks_mut((depth * LANES).max(1)).enumerate().for_each(|(p, panel)| {
+            let cols = p * LANES..width.min((p + 1) * LANES);
+            for (to, row) in panel.chunks_exact_mut(LANES).zip(x.chunks_exact(width)) {
+                to[..cols.len()].copy_from_slice(&row[cols.clone()]);
+            }
+        });
+        Panels { depth, values }
+    }
+
+    fn panel(&self, p: usize) -> &[f32] {
+        &self.values[p * self.depth * LANES..(p + 1) * self.depth * LANES]
+    }
+}
+
+/// tile[c][r] += sign * sum over steps t of broad[t][c] * vector[t][r].
+#[inline(always)]
+fn accumulate<S: Simd, const SUBTRACT: bool>(s: S, tile: &mut [f32], broad: &[f32], vector: &[f32]) {
+    let (broad, vector) = (broad.as_chunks::<LANES>().0, vector.as_chunks::<LANES>().0);
+    for (quarter, rows) in tile.as_chunks_mut::<LANES>().0.chunks_exact_mut(4).enumerate() {
+        let [a, b, c, d] = rows else { return };
+        let mut sums = [s.load(a), s.load(b), s.load(c), s.load(d)];
+        for (by, v) in broad.iter().zip(vector) {
+            let v = s.load(v);
+            for q in 0..4 {
+                let by = s.splat(by[quarter * 4 + q]);
+                sums[q] = if SUBTRACT { s.fnma(by, v, sums[q]) } else { s.fma(by, v, sums[q]) };
+            }
+        }
+        s.store(sums[0], a);
+        s.store(sums[1], b);
+        s.store(sums[2], c);
+        s.store(sums[3], d);
+    }
+}
+
+struct OuterRow<'a> {
+    row: &'a mut [f32],
+    own: &'a [f32],
+    panels: &'a Panels,
+}
+
+impl SimdOp for OuterRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        for (j, tile) in self.row.chunks_exact_mut(TILE).enumerate() {
+            accumulate::<S, false>(s, tile, self.panels.panel(j), self.own);
+        }
+    }
+}
+
+/// The last tile of a row: what its other tiles explain is taken off, then it is factored.
+struct Diagonal<'a> {
+    row: &'a mut [f32],
+}
+
+impl SimdOp for Diagonal<'_> {
+    type Output = Option<()>;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> Option<()> {
+        let (before, tile) = self.row.split_at_mut(self.row.len() - TILE);
+        accumulate::<S, true>(s, tile, before, before);
+        for c in 0..LANES {
+            for r in c..LANES {
+                let explained = (0..c).map(|t| tile[t * LANES + r] as f64 * tile[t * LANES + c] as f64).sum::<f64>();
+                let left = tile[c * LANES + r] as f64 - explained;
+                if r == c && (left <= 0.0 || !left.is_finite()) {
+                    return None;
+                }
+                let pivot = if r == c { 1.0 } else { tile[c * LANES + c] as f64 };
+                tile[c * LANES + r] = if r == c { left.sqrt() as f32 } else { (left / pivot) as f32 };
+            }
+            tile[c * LANES..c * LANES + c].fill(0.0);
+        }
+        Some(())
+    }
+}
+
+/// Tile j of a lower row: the same, then solved against the diagonal tile, 16 rows at once.
+struct Below<'a> {
+    row: &'a mut [f32],
+    j: usize,
+    diagonal: &'a [f32],
+}
+
+impl SimdOp for Below<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let (before, rest) = self.row.split_at_mut(self.j * TILE);
+        let tile = &mut rest[..TILE];
+        let (above, diagonal) = self.diagonal.split_at(self.j * TILE);
+        accumulate::<S, true>(s, tile, above, before);
+        let columns = tile.as_chunks_mut::<LANES>().0;
+        for c in 0..LANES {
+            let mut column = s.load(&columns[c]);
+            for t in 0..c {
+                column = s.fnma(s.splat(diagonal[t * LANES + c]), s.load(&columns[t]), column);
+            }
+            s.store(s.div(column, s.splat(diagonal[c * LANES + c])), &mut columns[c]);
+        }
+    }
+}
+
+/// How the error of a column is made up for by the columns that come after it.
+///
+/// With H = L L^T over columns in reverse order of processing, the value that is best for column a, given the errors
+/// `d = w - q` of the columns b > a that came before it, is `w_a + sum_b d_b L[b][a] / L[a][a]`: the same numbers that
+/// GPTQ (arXiv 2210.17323) takes from the Cholesky factor of H's inverse, without an inverse.
+#[derive(Debug)]
+pub struct Feedback {
+    /// Original column of each place; the last place is processed first.
+    pub order: Vec<u32>,
+    /// What was added to the diagonal.
+    pub damping: f32,
+    /// (panels) each (padded width - 16 * panel, 16): row b - 16 * panel, lane a has L[b][a] / L[a][a].
+    panels: Vec<Vec<f32>>,
+    /// (padded width) L[a][a]^2.
+    pivots: Vec<f32>,
+}
+
+/// Decides about one value: given its place and what would be best there, what it becomes.
+pub trait Decide {
+    /// The value that place `at` of row `row` of the batch takes, where `best` would make up for all errors so far.
+    fn decide(&mut self, row: usize, at: usize, best: f32) -> f32;
+}
+
+impl Feedback {
+    /// Of `scale * M + damping * I`; `order` lists columns, the last one processed first. `None` if the matrix isn't
+    /// positive definite in f32.
+    pub fn new(matrix: &Symmetric, order: Vec<u32>, scale: f32, damping: f32) -> Option<Feedback> {
+        let l = matrix.cholesky(&order, scale, damping)?;
+        let tiles = l.rows.len();
+        let pivots: Vec<f32> = (0..tiles * LANES).map(|a| l.get(a, a)).collect();
+        let panel = |j: usize| -> Vec<f32> {
+            let mut panel = Vec::with_capacity((tiles - j) * TILE);
+            for row in &l.rows[j..] {
+                let tile = &row[j * TILE..(j + 1) * TILE];
+                for r in 0..LANES {
+                    panel.extend((0..LANES).map(|c| tile[c * LANES + r] / pivots[j * LANES + c]));
+                }
+            }
+            panel
+        };
+        let panels = (0..tiles).into_par_iter().map(panel).collect();
+        let pivots = pivots.iter().map(|p| p * p).collect();
+        Some(Feedback { order, damping, panels, pivots })
+    }
+
+    /// Columns, padded to whole tiles.
+    pub fn padded(&self) -> usize {
+        self.pivots.len()
+    }
+
+    /// Goes through all places of up to four rows, from the last to the first, and writes what is left of each value:
+    /// `errors` = w - q. `weights` and `errors` are (rows, padded), by place. Gives each row's error d H d^T, damping
+    /// included.
+    pub fn run(&self, weights: &[f32], errors: &mut [f32], decide: &mut impl Decide) -> [f64; ROWS] {
+        simd::dispatch(Isa::best(), Walk { feedback: self, weights, errors, decide })
+    }
+}
+
+/// Rows that are walked through together.
+pub const ROWS: usize = 4;
+
+struct Walk<'a, D> {
+    feedback: &'a Feedback,
+    weights: &'a [f32],
+    errors: &'a mut [f32],
+    decide: &'a mut D,
+}
+
+impl<D: Decide> SimdOp for Walk<'_, D> {
+    type Output = [f64; ROWS];
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> [f64; ROWS] {
+        let Walk { feedback, weights, errors, decide } = self;
+        let padded = feedback.padded();
+        let rows = errors.len() / padded;
+        let mut total = [0f64; ROWS];
+        for (j, panel) in feedback.panels.iter().enumerate().rev() {
+            let (own, after) = panel.split_at(TILE);
+            let after = after.as_chunks::<LANES>().0;
+            let from = (j + 1) * LANES;
+            let mut sums = [s.splat(0.0); ROWS];
+            // Short batches read their last row again.
+            let tails: [&[f32]; ROWS] = std::array::from_fn(|q| {
+                let q = q.min(rows - 1);
+                &errors[q * padded + from..(q + 1) * padded]
+            });
+            for (b, m) in after.iter().enumerate() {
+                let m = s.load(m);
+                for q in 0..ROWS {
+                    sums[q] = s.fma(s.splat(tails[q][b]), m, sums[q]);
+                }
+            }
+            for row in 0..rows {
+                let mut carried = sums[row];
+                let mut lanes = [0f32; LANES];
+                for a in (0..LANES).rev() {
+                    let at = j * LANES + a;
+                    s.store(carried, &mut lanes);
+                    let weight = weights[row * padded + at];
+                    let best = weight + lanes[a];
+                    let value = decide.decide(row, at, best);
+                    let error = weight - value;
+                    errors[row * padded + at] = error;
+                    let left = (best - value) as f64;
+                    total[row] += feedback.pivots[at] as f64 * left * left;
+                    let Some(m) = own[a * LANES..].first_chunk::<LANES>() else { continue };
+                    carried = s.fma(s.splat(error), s.load(m), carried);
+                }
+            }
+        }
+        total
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    fn observed(width: usize, rows: usize) -> (Vec<f32>, Symmetric) {
+        let mut rng = StdRng::seed_from_u64(width as u64);
+        let x: Vec<f32> = (0..width * rows).map(|_| rng.random::<f32>() - 0.4).collect();
+        let mut matrix = Symmetric::new(width);
+        matrix.add_outer(&x);
+        (x, matrix)
+    }
+
+    #[test]
+    fn sums_of_outer_products_equal_the_plain_ones() {
+        for (width, rows) in [(1, 3), (15, 40), (16, 1), (33, 70), (80, 257)] {
+            let (x, matrix) = observed(width, rows);
+            for a in 0..width {
+                for b in 0..width {
+                    let terms = || x.chunks(width).map(|r| r[a] as f64 * r[b] as f64);
+                    let (exact, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
+                    let bound = size * rows as f64 * f32::EPSILON as f64;
+                    assert!((matrix.get(a, b) as f64 - exact).abs() <= bound, "{width} x {rows}: {a}, {b}");
+                }
+            }
+            let values: Vec<f32> = matrix.values().collect();
+            assert_eq!(Symmetric::from_values(width, &values).unwrap(), matrix);
+            assert!(Symmetric::from_values(width, &values[1..]).is_none());
+            assert_eq!(values.len() as u64 * 4, Symmetric::bytes(width));
+        }
+    }
+
+    #[test]
+    fn the_factor_times_itself_is_the_matrix() {
+        for width in [1, 16, 17, 50, 96] {
+            let (_, matrix) = observed(width, 2 * width);
+            let order: Vec<u32> = (0..width as u32).rev().collect();
+            let l = matrix.cholesky(&order, 0.5, 0.25).unwrap();
+            for a in 0..width {
+                for b in 0..=a {
+                    let got: f64 = (0..=b).map(|t| l.get(a, t) as f64 * l.get(b, t) as f64).sum();
+                    let (i, j) = (order[a] as usize, order[b] as usize);
+                    let want = 0.5 * matrix.get(i, j) as f64 + if a == b { 0.25 } else { 0.0 };
+                    let size = (0.5 * matrix.get(i, i).max(matrix.get(j, j)) as f64 + 0.25) * (width + 20) as f64;
+                    assert!((got - want).abs() <= size * f32::EPSILON as f64, "{width}: {a}, {b}: {got} for {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_positive_definite_has_no_factor() {
+        let mut matrix = Symmetric::new(20);
+        for i in 0..20 {
+            matrix.set(i, i, if i == 17 { -1.0 } else { 1.0 });
+        }
+        let order: Vec<u32> = (0..20).collect();
+        assert!(Feedback::new(&matrix, order.clone(), 1.0, 0.0).is_none());
+        assert!(Feedback::new(&matrix, order.clone(), 1.0, 2.0).is_some());
+        assert!(Feedback::new(&matrix, order, f32::NAN, 1.0).is_none());
+    }
+
+    /// Rounds to whole numbers.
+    struct Whole;
+
+    impl Decide for Whole {
+        fn decide(&mut self, _: usize, _: usize, best: f32) -> f32 {
+            best.round()
+        }
+    }
+
+    /// d H d^T = sum of L[a][a]^2 (best_a - value_a)^2 holds for no other `best` than the one that makes up for all
+    /// errors before it.
+    #[test]
+    fn what_is_left_at_each_place_adds_up_to_the_error_of_the_row() {
+        for (width, rows) in [(40, 1), (40, 3), (33, 4)] {
+            let (_, matrix) = observed(width, 3 * width);
+            let mut rng = StdRng::seed_from_u64(9);
+            let order: Vec<u32> = (0..width as u32).collect();
+            let feedback = Feedback::new(&matrix, order, 1.0, 0.1).unwrap();
+            let padded = feedback.padded();
+            let mut weights = vec![0.0; rows * padded];
+            for row in weights.chunks_mut(padded) {
+                row[..width].iter_mut().for_each(|w| *w = 6.0 * rng.random::<f32>() - 3.0);
+            }
+            let mut errors = vec![f32::NAN; rows * padded];
+            let totals = feedback.run(&weights, &mut errors, &mut Whole);
+            let h = |a: usize, b: usize| matrix.get(a, b) as f64 + if a == b { 0.1 } else { 0.0 };
+            for row in 0..rows {
+                let d = &errors[row * padded..][..width];
+                let pairs = (0..width).flat_map(|a| (0..width).map(move |b| (a, b)));
+                let norm: f64 = pairs.map(|(a, b)| d[a] as f64 * h(a, b) * d[b] as f64).sum();
+                assert!((norm - totals[row]).abs() <= 1e-3 * norm, "{norm}, {}", totals[row]);
+                let whole = weights[row * padded..][..width].iter().zip(d).all(|(w, d)| {
+                    let value = w - d;
+                    (value - value.round()).abs() < 1e-5
+                });
+                assert!(whole, "row {row}");
+            }
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Laws of what calibration keeps, its files, and the algorithms that use it.
+
+use nibble_quant::algo::{AlgoInput, algorithm};
+use nibble_quant::stats::{Input, Stats, gram_bytes};
+use nibble_quant::{OutlierSpec, PRESETS, QTensor, QuantSpec};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::path::Path;
+use std::sync::Arc;
+
+const K: usize = 160;
+const ROWS: usize = 6;
+
+/// Inputs whose columns go together, as activations do: few causes, and a column in 40 that is large.
+fn activations(rows: usize, seed: u64) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let causes = 24;
+    let mixing: Vec<f32> = {
+        let mut rng = StdRng::seed_from_u64(0);
+        (0..causes * K).map(|_| rng.random::<f32>() - 0.5).collect()
+    };
+    let mut x = vec![0.0; rows * K];
+    for row in x.chunks_mut(K) {
+        let cause: Vec<f32> = (0..causes).map(|_| rng.random::<f32>() - 0.5).collect();
+        for (col, value) in row.iter_mut().enumerate() {
+            let shared: f32 = (0..causes).map(|c| cause[c] * mixing[c * K + col]).sum();
+            let own = 0.3 * (rng.random::<f32>() - 0.5);
+            *value = (shared + own) * if col % 40 == 7 { 12.0 } else { 1.0 };
+        }
+    }
+    x
+}
+
+fn observed(rows: usize) -> Input {
+    let mut input = Input::new(K, true);
+    input.observe("x", &activations(rows, 1)).unwrap();
+    input
+}
+
+fn weights() -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(2);
+    (0..ROWS * K).map(|_| 0.05 * ((0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0)).collect()
+}
+
+fn run(name: &str, weight: &[f32], spec: &QuantSpec, calibrated: Option<&Input>) -> QTensor {
+    let importance = calibrated.map(Input::mean_squares);
+    let shape = [weight.len() / K, K];
+    let input = AlgoInput { name: "w", weight, shape, spec, importance: importance.as_deref(), calibrated, seed: 0 };
+    let tensor = (algorithm(name).unwrap().run)(&input).unwrap();
+    tensor.validate("w").unwrap();
+    tensor
+}
+
+/// Mean squared error of each output over the calibration inputs, in f64.
+fn output_errors(weight: &[f32], tensor: &QTensor, gram: &Input) -> Vec<f64> {
+    let back = tensor.dequantize();
+    let h = gram.gram().unwrap();
+    let row = |(w, q): (&[f32], &[f32])| {
+        let d: Vec<f64> = w.iter().zip(q).map(|(w, q)| *w as f64 - *q as f64).collect();
+        let pairs = (0..K).flat_map(|a| (0..K).map(move |b| (a, b)));
+        pairs.map(|(a, b)| d[a] * h.get(a, b) as f64 * d[b]).sum::<f64>() / gram.rows() as f64
+    };
+    weight.chunks(K).zip(back.chunks(K)).map(row).collect()
+}
+
+#[test]
+fn gptq_is_never_worse_than_the_search_that_it_starts_from() {
+    let (weight, input) = (weights(), observed(2000));
+    for preset in PRESETS {
+        let spec = &preset.scheme.weight;
+        let search = output_errors(&weight, &run("search", &weight, spec, Some(&input)), &input);
+        let gptq = output_errors(&weight, &run("gptq", &weight, spec, Some(&input)), &input);
+        // The choice is made in f32: sums of 160 terms, factors of the same.
+        for (row, (gptq, search)) in gptq.iter().zip(&search).enumerate() {
+            assert!(*gptq <= search * 1.001 + 1e-12, "{}, row {row}: {gptq} > {search}", preset.name);
+        }
+        let (gptq, search) = (gptq.iter().sum::<f64>(), search.iter().sum::<f64>());
+        if spec.bits() <= 4 && spec.outliers == OutlierSpec::None {
+            assert!(gptq < 0.8 * search, "{}: {gptq} of {search}", preset.name);
+        }
+    }
+}
+
+#[test]
+fn gptq_pays_on_inputs_that_it_has_not_seen() {
+    let (weight, input) = (weights(), observed(4000));
+    let mut unseen = Input::new(K, true);
+    unseen.observe("x", &activations(1000, 99)).unwrap();
+    for name in ["int4-nl-g32-dq", "int4-g32", "int3-g32-dq", "int4-g64-asym-dq", "nf4-dq"] {
+        let spec = &nibble_quant::presets::by_name(name).unwrap().scheme.weight;
+        let error = |algorithm| -> f64 {
+            output_errors(&weight, &run(algorithm, &weight, spec, Some(&input)), &unseen).iter().sum()
+        };
+        assert!(error("gptq") < error("search"), "{name}: {} of {}", error("gptq"), error("search"));
+    }
+}
+
+#[test]
+fn gptq_changes_codes_and_nothing_that_they_are_read_by() {
+    let (weight, input) = (weights(), observed(500));
+    for preset in PRESETS {
+        let spec = &preset.scheme.weight;
+        let (search, gptq) = (run("search", &weight, spec, Some(&input)), run("gptq", &weight, spec, Some(&input)));
+        assert!(search.scales == gptq.scales && search.zeros == gptq.zeros, "{}", preset.name);
+        assert!(search.outliers.cols == gptq.outliers.cols, "{}", preset.name);
+        assert!(spec.bits() > 4 || search.codes != gptq.codes, "{}", preset.name);
+    }
+}
+
+#[test]
+fn without_a_gram_matrix_gptq_is_the_search() {
+    let weight = weights();
+    let spec = &nibble_quant::presets::by_name("default").unwrap().scheme.weight;
+    assert!(run("gptq", &weight, spec, None) == run("search", &weight, spec, None));
+    let mut moments = Input::new(K, false);
+    moments.observe("x", &activations(50, 1)).unwrap();
+    assert!(run("gptq", &weight, spec, Some(&moments)) == run("search", &weight, spec, Some(&moments)));
+    // An input that was always zero has no factor; any codes are right.
+    let mut silent = Input::new(K, true);
+    silent.observe("x", &vec![0.0; 10 * K]).unwrap();
+    assert!(run("gptq", &weight, spec, Some(&silent)) == run("search", &weight, spec, Some(&silent)));
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bytes() {
+    let weight: Vec<f32> = (0..9).flat_map(|_| weights()).collect();
+    let spec = &nibble_quant::presets::by_name("default").unwrap().scheme.weight;
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let input = observed(700);
+            (run("gptq", &weight, spec, Some(&input)), input.gram().unwrap().values().collect::<Vec<f32>>())
+        })
+    };
+    let one = with(1);
+    for threads in [2, 7] {
+        assert!(one == with(threads), "{threads} threads");
+    }
+}
+
+#[test]
+fn merged_halves_are_the_whole() {
+    let x = activations(600, 5);
+    let of = |x: &[f32]| {
+        let mut input = Input::new(K, true);
+        input.observe("x", x).unwrap();
+        input
+    };
+    let (whole, mut halves) = (of(&x), of(&x[..200 * K]));
+    halves.merge("x", &of(&x[200 * K..])).unwrap();
+    assert_eq!((whole.rows(), whole.absmax()), (halves.rows(), halves.absmax()));
+    for (a, b) in whole.mean_squares().iter().zip(halves.mean_squares()) {
+        assert!((a - b).abs() <= 2.0 * f32::EPSILON * a);
+    }
+    for a in 0..K {
+        for b in 0..K {
+            let (one, two) = (whole.gram().unwrap().get(a, b), halves.gram().unwrap().get(a, b));
+            let size = (whole.mean_squares()[a] * whole.mean_squares()[b]).sqrt() * 600.0;
+            assert!((one - two).abs() <= 600.0 * f32::EPSILON * size, "{a}, {b}: {one}, {two}");
+        }
+    }
+    let error = halves.merge("layer", &Input::new(K + 1, true)).unwrap_err().to_string();
+    assert!(error.contains("`layer`") && error.contains("161"), "{error}");
+}
+
+#[test]
+fn activations_that_are_not_finite_are_refused_by_name() {
+    let mut input = Input::new(4, false);
+    for bad in [f32::NAN, f32::INFINITY] {
+        let error = input.observe("blocks.3", &[1.0, 2.0, bad, 4.0]).unwrap_err().to_string();
+        assert!(error.contains("`blocks.3`") && error.contains("column 2"), "{error}");
+    }
+    assert!(input.observe("x", &[1.0; 6]).is_err());
+    assert_eq!(input.rows(), 0);
+}
+
+fn stats() -> Stats {
+    let shared = Arc::new(observed(300));
+    let mut moments = Input::new(48, false);
+    moments.observe("x", &activations(30, 3)[..48 * 30]).unwrap();
+    let mut stats = Stats { made_from: "a text".into(), ..Stats::default() };
+    for name in ["q", "k", "v"] {
+        stats.inputs.insert(format!("model.layers.0.self_attn.{name}_proj.weight"), Arc::clone(&shared));
+    }
+    stats.inputs.insert("model.layers.0.mlp.down_proj.weight".into(), Arc::new(moments));
+    stats
+}
+
+#[test]
+fn a_file_gives_back_what_was_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.stats");
+    let written = stats();
+    written.write(&path).unwrap();
+    let read = Stats::read(&path).unwrap();
+    assert_eq!(read.made_from, "a text");
+    assert_eq!(read.sites().len(), 2, "q, k and v share an input again");
+    for (name, input) in &written.inputs {
+        let back = &read.inputs[name];
+        assert_eq!((back.rows(), back.mean_squares()), (input.rows(), input.mean_squares()), "{name}");
+        assert_eq!((back.absmax(), back.gram()), (input.absmax(), input.gram()), "{name}");
+    }
+    let smallest = std::fs::metadata(&path).unwrap().len();
+    assert!(smallest > gram_bytes(K) && smallest < 2 * gram_bytes(K), "one Gram matrix for three tensors");
+}
+
+#[test]
+fn an_imatrix_gives_back_second_moments_under_the_same_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("imatrix.gguf");
+    let written = stats();
+    written.write(&path).unwrap();
+    let read = Stats::read(&path).unwrap();
+    assert_eq!(read.inputs.keys().collect::<Vec<_>>(), written.inputs.keys().collect::<Vec<_>>());
+    for (name, input) in &written.inputs {
+        let back = &read.inputs[name];
+        assert_eq!((back.rows(), back.gram()), (input.rows(), None), "{name}");
+        for (a, b) in input.mean_squares().iter().zip(back.mean_squares()) {
+            assert!((a - b).abs() <= 2.0 * f32::EPSILON * a, "{name}: {a}, {b}");
+        }
+    }
+}
+
+#[test]
+fn damaged_files_are_errors_that_name_them() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["model.stats", "imatrix.gguf"] {
+        let path = folder.path().join(name);
+        stats().write(&path).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let read = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            Stats::read(&path)
+        };
+        // The last bytes of an imatrix are padding, which nobody misses.
+        for cut in [0, 1, 7, 8, 100, bytes.len() / 2, bytes.len() - 33] {
+            let error = read(&bytes[..cut]).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+        for at in (0..bytes.len().min(2000)).step_by(29) {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 0x41;
+            // Any answer is fine but a panic.
+            let _ = read(&flipped);
+        }
+    }
+    assert!(Stats::read(Path::new("/nowhere/at.all")).unwrap_err().to_string().contains("/nowhere/at.all"));
+    let plain = folder.path().join("model.safetensors");
+    std::fs::write(&plain, b"\x02\0\0\0\0\0\0\0{}").unwrap();
+    assert!(Stats::read(&plain).unwrap_err().to_string().contains("no `nibble.stats`"));
+}
