@@ -78,6 +78,14 @@ pub enum ModelError {
         /// What happened and what helps.
         why: String,
     },
+    /// A graph, or a value fed to it, can't be run.
+    #[error("{what}: {why}")]
+    Graph {
+        /// The node or tensor.
+        what: String,
+        /// What was found and what was wanted.
+        why: String,
+    },
     /// A setting is out of its range.
     #[error("{what}: {why}")]
     Setting {

@@ -1,4 +1,4 @@
-//! Floor 2: model families, checkpoints, tokenizers, generation and evaluation.
+//! Floor 2: model families, checkpoints, tokenizers, generation, evaluation, and ONNX graphs of vision models.
 
 pub mod backend;
 pub mod bench;
@@ -12,6 +12,7 @@ pub mod error;
 pub mod eval;
 pub mod family;
 pub mod generate;
+pub mod graph;
 pub mod hub;
 pub mod model;
 pub mod sample;
@@ -20,6 +21,7 @@ pub mod stop;
 pub mod synth;
 pub mod template;
 pub mod tokenizer;
+pub mod vision;
 pub mod weights;
 
 pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, RopeFrequencies, RopeScaling};

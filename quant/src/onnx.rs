@@ -7,6 +7,7 @@
 
 pub mod edit;
 pub mod file;
+pub mod fold;
 pub mod graph;
 pub mod proto;
 pub mod tensor;

@@ -206,6 +206,11 @@ pub fn from_u8(name: &str, dims: &[usize], values: &[u8]) -> TensorProto {
     build(name, DataType::Uint8, dims, values.to_vec())
 }
 
+/// A tensor of truth values.
+pub fn from_bool(name: &str, dims: &[usize], values: &[bool]) -> TensorProto {
+    build(name, DataType::Bool, dims, values.iter().map(|&v| u8::from(v)).collect())
+}
+
 /// An int32 tensor.
 pub fn from_i32(name: &str, dims: &[usize], values: &[i32]) -> TensorProto {
     build(name, DataType::Int32, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())

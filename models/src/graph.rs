@@ -1,0 +1,131 @@
+//! Running ONNX graphs: values in by name, any tensor out by name.
+//!
+//! [`GraphRunner`] is what calibration and evaluation need of an engine. The embedded one is [`Rten`], in pure Rust: it
+//! runs the float model and its quantized form, without anything to install.
+
+mod rten;
+
+pub use rten::Rten;
+
+use crate::{ModelError, Result};
+use nibble_quant::onnx::fold::Computed;
+use nibble_quant::onnx::{Model, fold};
+
+/// A tensor's values, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    /// Floats of any width.
+    Float(Vec<f32>),
+    /// Integers of any width, and truth values as 0 and 1.
+    Int(Vec<i32>),
+}
+
+/// A value of a graph.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor {
+    /// Its shape.
+    pub dims: Vec<usize>,
+    /// As many values as the shape has elements.
+    pub values: Values,
+}
+
+/// An input of a graph.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Input {
+    /// Its name.
+    pub name: String,
+    /// Its shape; open dimensions are `None`. Empty if the file doesn't say.
+    pub dims: Vec<Option<usize>>,
+    /// Whether it takes floats.
+    pub float: bool,
+}
+
+/// An engine with a graph loaded.
+pub trait GraphRunner {
+    /// The graph's inputs.
+    fn inputs(&self) -> &[Input];
+
+    /// Runs the graph: `wanted` tensors, in order.
+    ///
+    /// # Errors
+    /// A name that isn't there, a value that doesn't fit its input, or an operator that fails; each by name.
+    fn run(&self, feeds: &[(String, Tensor)], wanted: &[String]) -> Result<Vec<Tensor>>;
+}
+
+impl Tensor {
+    /// Floats of a shape.
+    ///
+    /// # Errors
+    /// The number of values isn't the shape's; `what` is what the error calls it.
+    pub fn floats(what: &str, dims: &[usize], values: Vec<f32>) -> Result<Tensor> {
+        if dims.iter().product::<usize>() != values.len() {
+            return Err(ModelError::Graph { what: what.into(), why: format!("{} values for {dims:?}", values.len()) });
+        }
+        Ok(Tensor { dims: dims.to_vec(), values: Values::Float(values) })
+    }
+
+    /// The values, if they are floats.
+    ///
+    /// # Errors
+    /// They are integers; `what` is what the error calls it.
+    pub fn as_floats(&self, what: &str) -> Result<&[f32]> {
+        match &self.values {
+            Values::Float(values) => Ok(values),
+            Values::Int(_) => {
+                Err(ModelError::Graph { what: what.into(), why: "holds integers, floats were wanted".into() })
+            }
+        }
+    }
+}
+
+/// The inputs of a model as its file declares them.
+pub fn inputs(model: &Model) -> Vec<Input> {
+    use nibble_quant::onnx::Graph;
+    use nibble_quant::onnx::proto::DataType;
+    // An index refuses a broken graph; the declared inputs of such a graph are of no use.
+    let Ok(graph) = Graph::new(model.graph()) else { return Vec::new() };
+    let dims = |name: &str| graph.shape(name).unwrap_or_default();
+    let open = |d: Option<i64>| d.and_then(|d| usize::try_from(d).ok()).filter(|&d| d > 0);
+    let inputs = model.graph().input.iter().filter(|i| graph.constant(i.name()).is_none());
+    inputs
+        .map(|input| Input {
+            name: input.name().to_owned(),
+            dims: dims(input.name()).into_iter().map(open).collect(),
+            float: graph.elem_type(input.name()).is_none_or(DataType::is_float),
+        })
+        .collect()
+}
+
+/// Folds a model, with constants computed by the embedded engine where the model's inputs and operators let it.
+///
+/// # Errors
+/// As [`fold::fold`], and operators that the engine can't run.
+pub fn fold_model(model: &mut Model, threads: usize) -> Result<fold::Folded> {
+    let mut evaluate = |model: &Model, wanted: &[String]| {
+        let compute = || {
+            let runner = Rten::new(model, wanted, threads)?;
+            // Whatever is computed depends on shapes at most: open dimensions may be anything.
+            let feeds: Vec<(String, Tensor)> = runner
+                .inputs()
+                .iter()
+                .map(|input| {
+                    let dims: Vec<usize> = input.dims.iter().map(|d| d.unwrap_or(1)).collect();
+                    let n = dims.iter().product();
+                    let values = if input.float { Values::Float(vec![0.0; n]) } else { Values::Int(vec![0; n]) };
+                    (input.name.clone(), Tensor { dims, values })
+                })
+                .collect();
+            runner.run(&feeds, wanted)
+        };
+        let computed = compute().map_err(|e| match e {
+            ModelError::Quant(e) => e,
+            other => nibble_quant::QuantError::Spec { what: "folding".into(), why: other.to_string() },
+        })?;
+        let shaped = computed.into_iter().map(|t| match t.values {
+            Values::Float(values) => Computed::Floats { dims: t.dims, values },
+            Values::Int(values) => Computed::Ints { dims: t.dims, values },
+        });
+        Ok(shaped.collect())
+    };
+    Ok(fold::fold(model, Some(&mut evaluate))?)
+}

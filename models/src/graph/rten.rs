@@ -1,0 +1,110 @@
+//! The embedded engine: rten, a pure Rust runtime that loads ONNX.
+
+use super::{GraphRunner, Input, Tensor, Values, inputs};
+use crate::{ModelError, Result};
+use nibble_quant::onnx::proto::ValueInfoProto;
+use nibble_quant::onnx::{External, Model};
+use prost::Message;
+use rten::{ModelOptions, RunOptions, ThreadPool, Value, ValueOrView, ValueView};
+use rten_tensor::prelude::*;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// A graph in rten.
+pub struct Rten {
+    model: rten::Model,
+    inputs: Vec<Input>,
+    pool: Arc<ThreadPool>,
+}
+
+fn refuse(what: &str, why: impl ToString) -> ModelError {
+    ModelError::Graph { what: what.into(), why: why.to_string() }
+}
+
+impl Rten {
+    /// Loads a model; tensors named in `kept` can be asked for like its outputs, all others may be optimized away.
+    ///
+    /// # Errors
+    /// An operator that rten doesn't have, by its node, or a graph that it can't load.
+    pub fn new(model: &Model, kept: &[String], threads: usize) -> Result<Rten> {
+        let mut proto = model.proto.clone();
+        let graph = proto.graph.get_or_insert_default();
+        for name in kept {
+            if !graph.output.iter().any(|o| o.name() == name) {
+                graph.output.push(ValueInfoProto { name: Some(name.clone()), ..Default::default() });
+            }
+        }
+        let failed = |e: rten::LoadError| refuse(e.node().unwrap_or("graph"), format!("rten can't load it: {e}"));
+        let options = ModelOptions::with_all_ops();
+        let loaded = if proto.encoded_len() as u64 > nibble_quant::onnx::file::MAX_PROTOBUF {
+            // Over 2 GB only a file with its weights beside it can be read.
+            let folder = tempfile::tempdir().map_err(ModelError::io(std::env::temp_dir()))?;
+            let path = folder.path().join("model.onnx");
+            Model { proto, ..Default::default() }.save(&path, External::Always)?;
+            options.load_file(&path).map_err(failed)?
+        } else {
+            options.load(proto.encode_to_vec()).map_err(failed)?
+        };
+        let pool = Arc::new(ThreadPool::with_num_threads(threads.max(1)));
+        Ok(Rten { model: loaded, inputs: inputs(model), pool })
+    }
+}
+
+impl GraphRunner for Rten {
+    fn inputs(&self) -> &[Input] {
+        &self.inputs
+    }
+
+    fn run(&self, feeds: &[(String, Tensor)], wanted: &[String]) -> Result<Vec<Tensor>> {
+        let mut values: Vec<(rten::NodeId, ValueOrView)> = Vec::new();
+        for (name, tensor) in feeds {
+            let id = self.model.node_id(name).map_err(|e| refuse(name, e))?;
+            let view = match &tensor.values {
+                Values::Float(values) => {
+                    ValueView::from_shape(&tensor.dims, values.as_slice()).map_err(|e| e.to_string())
+                }
+                Values::Int(values) => {
+                    ValueView::from_shape(&tensor.dims, values.as_slice()).map_err(|e| e.to_string())
+                }
+            };
+            values.push((id, view.map_err(|e| refuse(name, e))?.into()));
+        }
+        // A tensor that is asked for twice is computed once.
+        let mut place: HashMap<&str, usize> = HashMap::new();
+        let mut ids = Vec::new();
+        for name in wanted {
+            if !place.contains_key(name.as_str()) {
+                ids.push(self.model.node_id(name).map_err(|e| refuse(name, e))?);
+                place.insert(name, ids.len() - 1);
+            }
+        }
+        let options = RunOptions::default().with_thread_pool(Some(Arc::clone(&self.pool)));
+        let results = self.model.run(values, &ids, Some(options)).map_err(|e| refuse("graph", e))?;
+        let mut converted = Vec::with_capacity(results.len());
+        for (value, (name, _)) in results.into_iter().zip(sorted(&place)) {
+            converted.push(convert(name, value)?);
+        }
+        if wanted.len() == converted.len() {
+            return Ok(converted);
+        }
+        Ok(wanted.iter().map(|name| converted[place[name.as_str()]].clone()).collect())
+    }
+}
+
+fn sorted<'a>(place: &HashMap<&'a str, usize>) -> Vec<(&'a str, usize)> {
+    let mut all: Vec<(&str, usize)> = place.iter().map(|(&name, &at)| (name, at)).collect();
+    all.sort_by_key(|&(_, at)| at);
+    all
+}
+
+fn convert(name: &str, value: Value) -> Result<Tensor> {
+    let dims = value.shape().to_vec();
+    let values = match value {
+        Value::FloatTensor(t) => Values::Float(t.into_data()),
+        Value::Int32Tensor(t) => Values::Int(t.into_data()),
+        Value::Int8Tensor(t) => Values::Int(t.into_data().into_iter().map(i32::from).collect()),
+        Value::UInt8Tensor(t) => Values::Int(t.into_data().into_iter().map(i32::from).collect()),
+        other => return Err(refuse(name, format!("is a {}, a tensor was wanted", other.dtype()))),
+    };
+    Ok(Tensor { dims, values })
+}

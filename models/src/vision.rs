@@ -1,0 +1,1 @@
+//! Vision models: pictures in, statistics, plans and figures out.
