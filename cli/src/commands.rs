@@ -13,6 +13,7 @@ mod quantize;
 mod schemes;
 mod synth;
 mod verify;
+mod vision;
 
 use crate::session::{Global, Session};
 use anyhow::{Context, Result};
@@ -53,6 +54,7 @@ pub static COMMANDS: &[Command] = &[
     command::<inspect::Inspect>("inspect"),
     command::<verify::Verify>("verify"),
     command::<diff::Diff>("diff"),
+    command::<vision::Vision>("vision"),
     command::<schemes::Schemes>("schemes"),
     command::<kernels::Kernels>("kernels"),
     command::<synth::Synth>("synth"),

@@ -1,1 +1,12 @@
 //! Vision models: pictures in, statistics, plans and figures out.
+//!
+//! ```text
+//! pictures, arrays --data--> samples --calibrate--> ranges --> a quantized model --evaluate--> agreement, SQNR
+//! ```
+
+pub mod calibrate;
+pub mod data;
+pub mod evaluate;
+pub mod export;
+pub mod picture;
+pub mod pth;

@@ -6,13 +6,24 @@
 //! Weights stay ranges of the mapped file until something changes them, and what isn't understood is passed through.
 
 pub mod edit;
+pub mod equalize;
 pub mod file;
 pub mod fold;
 pub mod graph;
+pub mod groups;
+pub mod opset;
+pub mod plan;
 pub mod proto;
+pub mod qdq;
+pub mod select;
 pub mod tensor;
+pub mod weights;
 pub mod wire;
 
 pub use edit::{Edit, apply};
 pub use file::{External, Model};
+pub use fold::{Folded, fold};
 pub use graph::Graph;
+pub use plan::{Mode, Plan, Settings, Target, plan};
+pub use qdq::Calibration;
+pub use select::Selector;

@@ -19,7 +19,7 @@
 //! keep = "original"
 //! ```
 
-mod glob;
+pub(crate) mod glob;
 
 use crate::error::Result;
 use crate::{FloatFormat, QuantError, QuantScheme, Role, algo, presets};

@@ -1,0 +1,245 @@
+//! `nibble vision quantize`: fold, plan, calibrate, write.
+
+use super::data::{Preparation, Shapes};
+use crate::arguments::Threads;
+use crate::commands::Run;
+use crate::failure::Usage;
+use crate::output::{self, Table};
+use crate::progress::Meter;
+use crate::session::Session;
+use anyhow::Result;
+use nibble_models::graph::{fold_model, inputs};
+use nibble_models::vision::calibrate::{CalibrateOptions, calibrate};
+use nibble_quant::observer::{self, IntGrid, IntType};
+use nibble_quant::onnx::plan::{Decision, PlannedNode};
+use nibble_quant::onnx::{Calibration, External, Mode, Model, Plan, Selector, Settings, Target, opset, plan, qdq};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Quantize an ONNX model to 8-bit integers, with scales found by running it over samples
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: nibble vision quantize model.onnx -o model-int8.onnx --calib photos --crops 8
+
+Static quantization (the default) needs --calib: a folder of pictures, or .npy, .npz and .safetensors files of inputs.
+Patterns of --include and --exclude are names of nodes with * and ?, or op:CONV, or weight:NAME.
+--dry-run shows what would become of every node, and why.")]
+pub struct Quantize {
+    /// The float model
+    #[arg(value_name = "MODEL.onnx")]
+    model: PathBuf,
+    /// The quantized model to write
+    #[arg(long, short, value_name = "OUT.onnx", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// Samples to calibrate with: a folder of pictures or arrays, or one of them
+    #[arg(long, value_name = "DATA")]
+    calib: Option<PathBuf>,
+    /// static, dynamic (linear layers, scales found at run time), or weights (linear layers, floats computed)
+    #[arg(long, value_enum, default_value_t)]
+    mode: ModeWord,
+    /// How ranges are found: minmax, average, percentile[:99.999], entropy, mse, ...
+    #[arg(long, value_name = "NAME", default_value = "minmax")]
+    observer: String,
+    /// Type of activations
+    #[arg(long, value_enum, default_value_t)]
+    activations: TypeWord,
+    /// Zero points in the middle of the activations' type
+    #[arg(long)]
+    symmetric: bool,
+    /// One scale a weight instead of one an output channel
+    #[arg(long)]
+    per_tensor: bool,
+    /// What rounds weights: rtn, clip or search
+    #[arg(long, value_name = "NAME", default_value = "rtn")]
+    algorithm: String,
+    /// Bits of weights with --mode weights: 4 or 8
+    #[arg(long, value_name = "BITS", default_value_t = 8)]
+    bits: u8,
+    /// Values that share a scale with --mode weights
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    group: usize,
+    /// Quantize only layers that fit this pattern (may be repeated)
+    #[arg(long, value_name = "PATTERN")]
+    include: Vec<Selector>,
+    /// Leave nodes that fit this pattern in float (may be repeated)
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<Selector>,
+    /// Quantize products of two activations too
+    #[arg(long)]
+    attention: bool,
+    /// Quantize convolutions even where they become slower
+    #[arg(long)]
+    force_conv: bool,
+    /// The runtime to quantize for
+    #[arg(long, value_enum, default_value_t)]
+    target: TargetWord,
+    /// Show what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    shapes: Shapes,
+    #[command(flatten)]
+    preparation: Preparation,
+    #[command(flatten)]
+    threads: Threads,
+}
+
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum ModeWord {
+    #[default]
+    Static,
+    Dynamic,
+    Weights,
+}
+
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum TypeWord {
+    #[default]
+    U8,
+    S8,
+    U16,
+    S16,
+}
+
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum TargetWord {
+    #[default]
+    Onnxruntime,
+    Tensorrt,
+}
+
+impl Quantize {
+    fn settings(&self) -> Result<Settings> {
+        let mode = match self.mode {
+            ModeWord::Static => Mode::Static,
+            ModeWord::Dynamic => Mode::Dynamic,
+            ModeWord::Weights => Mode::WeightOnly { bits: self.bits, group: self.group },
+        };
+        let target = match self.target {
+            TargetWord::Onnxruntime => Target::OnnxRuntime,
+            TargetWord::Tensorrt => Target::TensorRt,
+        };
+        let int = match self.activations {
+            TypeWord::U8 => IntType::U8,
+            TypeWord::S8 => IntType::S8,
+            TypeWord::U16 => IntType::U16,
+            TypeWord::S16 => IntType::S16,
+        };
+        // TensorRT has one grid only.
+        let activation = match target {
+            Target::TensorRt => IntGrid::symmetric(IntType::S8),
+            Target::OnnxRuntime => IntGrid { int, symmetric: self.symmetric },
+        };
+        Ok(Settings {
+            mode,
+            target,
+            activation,
+            per_channel: !self.per_tensor,
+            algorithm: nibble_quant::algo::algorithm(&self.algorithm)?.name,
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            attention: self.attention,
+            force_conv: self.force_conv,
+        })
+    }
+
+    fn calibration(&self, session: &Session, model: &Model, plan: &Plan) -> Result<(Calibration, usize)> {
+        if plan.settings.mode != Mode::Static {
+            return Ok((Calibration::default(), 0));
+        }
+        let Some(calib) = &self.calib else {
+            return Err(Usage("--calib is needed: scales are found by running the model over samples".into()).into());
+        };
+        let data = self.preparation.open(calib, &inputs(model))?;
+        let meter = Meter::new(session, "calibrate", "samples");
+        meter.begin(self.preparation.expected(&data), 0);
+        let options = CalibrateOptions {
+            observer: observer::choose(&self.observer)?,
+            threads: self.threads.count(),
+            stop: session.stop(),
+        };
+        let mut samples = 0;
+        let calibration = calibrate(model, plan, &data, &options, &mut || {
+            samples += 1;
+            meter.add_thing("");
+        })?;
+        Ok((calibration, samples))
+    }
+}
+
+impl Run for Quantize {
+    fn run(self, session: &Session) -> Result<()> {
+        let started = Instant::now();
+        self.threads.set_for_conversion()?;
+        let settings = self.settings()?;
+        let mut model = Model::open(&self.model)?;
+        if !model.unknown.is_empty() {
+            let fields: Vec<&str> = model.unknown.iter().map(String::as_str).collect();
+            session.remark(format!("fields that this version doesn't know are dropped: {}", fields.join(", ")));
+        }
+        self.shapes.freeze(&mut model)?;
+        opset::upgrade(&mut model)?;
+        let folded = fold_model(&mut model, self.threads.count())?;
+        let plan = plan(&model, &settings, &folded)?;
+        if self.dry_run {
+            return show(session, &plan, folded.into.len());
+        }
+        let (calibration, samples) = self.calibration(session, &model, &plan)?;
+        let quantized = qdq::quantize(&model, &plan, &calibration)?;
+        let Some(output) = &self.output else { return Ok(()) };
+        quantized.save(output, External::Auto)?;
+        let bytes = |path: &PathBuf| std::fs::metadata(path).map(|m| m.len()).unwrap_or_default();
+        let seconds = started.elapsed().as_secs_f64();
+        if session.json {
+            return output::json(&json!({
+                "output": output, "quantized_nodes": plan.quantized(), "nodes": plan.nodes.len(),
+                "samples": samples, "bytes": [bytes(&self.model), bytes(output)], "seconds": seconds,
+                "peak_rss": output::peak_rss(),
+            }));
+        }
+        let peak = output::peak_rss().map_or(String::new(), |rss| format!(", peak {}", output::bytes(rss)));
+        session.remark(format!("{}{peak}", crate::progress::duration(seconds)));
+        output::say(&format!(
+            "{}: {} of {} nodes in integers, {} -> {}",
+            output.display(),
+            plan.quantized(),
+            plan.nodes.len(),
+            output::bytes(bytes(&self.model)),
+            output::bytes(bytes(output))
+        ))
+    }
+}
+
+fn words(decision: &Decision) -> (String, String) {
+    match decision {
+        Decision::Quantized(kind) => ("integer".into(), kind.name().into()),
+        Decision::Merged(clip) => ("merged".into(), format!("range {}..{} of the node before", clip.lo, clip.hi)),
+        Decision::Float(why) => ("float".into(), why.clone()),
+    }
+}
+
+fn node_json(node: &PlannedNode) -> Value {
+    let (becomes, why) = words(&node.decision);
+    json!({"node": node.name, "op": node.op, "group": node.group, "becomes": becomes, "why": why})
+}
+
+fn show(session: &Session, plan: &Plan, folded: usize) -> Result<()> {
+    if session.json {
+        return output::json(&json!({
+            "folded": folded, "nodes": plan.nodes.iter().map(node_json).collect::<Vec<_>>(),
+            "quantized_tensors": plan.scales,
+        }));
+    }
+    let mut table = Table::new(&["node", "operator", "part of", "becomes", "why"]);
+    for node in &plan.nodes {
+        let (becomes, why) = words(&node.decision);
+        table.row(vec![node.name.clone(), node.op.clone(), node.group.unwrap_or_default().into(), becomes, why]);
+    }
+    output::say(&table.render())?;
+    output::say(&format!(
+        "{folded} nodes folded away; {} of {} nodes in integers, {} tensors quantized",
+        plan.quantized(),
+        plan.nodes.len(),
+        plan.scales.len()
+    ))
+}

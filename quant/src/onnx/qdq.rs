@@ -1,0 +1,176 @@
+//! A plan and ranges become edits: QuantizeLinear and DequantizeLinear where runtimes fuse them, integer weights.
+//!
+//! ```text
+//! x -> x_QuantizeLinear -> x_DequantizeLinear -> Conv -> y -> y_QuantizeLinear -> y_DequantizeLinear -> ...
+//!               w_quantized -> w_DequantizeLinear ->|
+//!               b_quantized -> b_DequantizeLinear ->|
+//!
+//! x -> .. -> DequantizeLinear -> MatMul -> Add        rank > 2: the bias gets as many dimensions as the product, or ONNX
+//!        w -> DequantizeLinear ->|          |         Runtime joins MatMul and Add to a float Gemm
+//!                        b (1, 1, n) float ->
+//! ```
+
+mod activations;
+mod dynamic;
+mod layers;
+mod weight_only;
+
+use super::edit::Edit;
+use super::graph::fresh;
+use super::plan::{Mode, Plan};
+use super::proto::*;
+use super::tensor::{from_16, from_f32, from_i8, from_i32, from_u8};
+use super::{Graph, Model};
+use crate::error::Result;
+use crate::observer::{IntGrid, IntType, QParams};
+use crate::{QuantError, Range};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The domain of ONNX Runtime's own operators.
+pub const MICROSOFT: &str = "com.microsoft";
+
+/// What calibration saw.
+#[derive(Debug, Clone, Default)]
+pub struct Calibration {
+    /// The range of each observed tensor, as its observer reads it.
+    pub ranges: BTreeMap<String, Range>,
+    /// Dimensions of tensors, by their number.
+    pub ranks: BTreeMap<String, usize>,
+    /// Second moments of layers' inputs, by tensor: what an error of each weight costs.
+    pub moments: BTreeMap<String, Vec<f32>>,
+    /// What a layer's output should have added per channel, by weight name: the mean error of its quantized weights.
+    pub corrections: BTreeMap<String, Vec<f32>>,
+}
+
+/// The pieces that are made while edits are collected.
+struct Writer<'a> {
+    graph: Graph<'a>,
+    plan: &'a Plan,
+    calibration: &'a Calibration,
+    names: BTreeSet<String>,
+    edits: Vec<Edit>,
+    /// Whether ONNX Runtime's own operators are used: for 16-bit activations below opset 21, and for packed weights.
+    foreign: bool,
+    /// Scale and zero point of each tensor that has any, by the tensor whose they are.
+    params: BTreeMap<String, QParams>,
+}
+
+/// Quantizes a folded model as planned.
+///
+/// # Errors
+/// A tensor without a range, weights that can't be quantized, or a graph that is none afterwards.
+pub fn quantize(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<Model> {
+    let mut quantized = model.clone();
+    let (edits, foreign) = edits(model, plan, calibration)?;
+    super::apply(quantized.graph_mut(), edits)?;
+    if foreign {
+        quantized.import(MICROSOFT, 1);
+    }
+    Ok(quantized)
+}
+
+/// The edits that [`quantize`] applies, and whether they use ONNX Runtime's own operators.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn edits(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<(Vec<Edit>, bool)> {
+    let graph = Graph::new(model.graph())?;
+    let foreign = match plan.settings.mode {
+        Mode::Static => plan.settings.activation.int.bits() == 16 && model.opset("").unwrap_or(0) < 21,
+        Mode::Dynamic => false,
+        Mode::WeightOnly { .. } => true,
+    };
+    let mut writer =
+        Writer { names: graph.names(), graph, plan, calibration, edits: Vec::new(), foreign, params: BTreeMap::new() };
+    match plan.settings.mode {
+        Mode::Static => {
+            writer.activations()?;
+            writer.layers()?;
+        }
+        Mode::Dynamic => writer.dynamic()?,
+        Mode::WeightOnly { bits, group } => writer.weight_only(bits, group)?,
+    }
+    Ok((writer.edits, foreign))
+}
+
+impl Writer<'_> {
+    fn grid(&self) -> IntGrid {
+        self.plan.settings.activation
+    }
+
+    /// Scale and zero point of a tensor that has one.
+    fn params(&self, tensor: &str) -> Result<QParams> {
+        let root = self.plan.scales.get(tensor).map_or(tensor, String::as_str);
+        let missing =
+            || QuantError::Tensor { name: tensor.into(), why: "has no range; calibration never saw it".into() };
+        self.params.get(root).copied().ok_or_else(missing)
+    }
+
+    fn name(&mut self, wanted: &str) -> String {
+        fresh(&mut self.names, wanted)
+    }
+
+    fn add(&mut self, node: NodeProto) {
+        self.edits.push(Edit::Add(node));
+    }
+
+    fn initializer(&mut self, tensor: TensorProto) -> String {
+        let name = tensor.name().to_owned();
+        self.edits.push(Edit::Initializer(tensor));
+        name
+    }
+
+    /// A scalar of the activations' type.
+    fn zero_point(&self, name: &str, value: i32) -> TensorProto {
+        match self.grid().int {
+            IntType::U8 => from_u8(name, &[], &[value as u8]),
+            IntType::S8 => from_i8(name, &[], &[value as i8]),
+            IntType::U16 => from_16(name, &[], &[value], false),
+            IntType::S16 => from_16(name, &[], &[value], true),
+        }
+    }
+
+    /// A node that quantizes or dequantizes activations.
+    fn activation_node(&self, op: &str, name: &str, inputs: &[&str], output: &str) -> NodeProto {
+        let node = NodeProto::new(op, name, inputs, &[output]);
+        match self.foreign {
+            true => NodeProto { domain: Some(MICROSOFT.into()), ..node },
+            false => node,
+        }
+    }
+
+    /// Initializers `{base}_quantized`, `_scale` and `_zero_point` and a DequantizeLinear over them: its output.
+    fn dequantized(&mut self, base: &str, codes: Codes, dims: &[usize], scales: &[f32], axis: i64) -> String {
+        let scale_dims: &[usize] = if scales.len() == 1 { &[] } else { &[scales.len()] };
+        let names = ["quantized", "scale", "zero_point"].map(|part| {
+            let wanted = if part == "quantized" { format!("{base}_quantized") } else { format!("{base}_{part}") };
+            self.name(&wanted)
+        });
+        let zeros = scale_dims.iter().product();
+        let (codes, zero) = match codes {
+            Codes::Int8(codes) => (from_i8(&names[0], dims, &codes), from_i8(&names[2], scale_dims, &vec![0; zeros])),
+            Codes::Int32(codes) => {
+                (from_i32(&names[0], dims, &codes), from_i32(&names[2], scale_dims, &vec![0; zeros]))
+            }
+        };
+        self.initializer(codes);
+        self.initializer(from_f32(&names[1], scale_dims, scales));
+        self.initializer(zero);
+        let output = self.name(&format!("{base}_DequantizeLinear"));
+        let node = NodeProto::new(
+            "DequantizeLinear",
+            &format!("{base}_DequantizeLinear"),
+            &[&names[0], &names[1], &names[2]],
+            &[&output],
+        );
+        let node = if scales.len() == 1 { node } else { node.with(AttributeProto::new_int("axis", axis)) };
+        self.add(node);
+        output
+    }
+}
+
+/// Integers of a weight or bias.
+enum Codes {
+    Int8(Vec<i8>),
+    Int32(Vec<i32>),
+}

@@ -1,0 +1,123 @@
+//! Weights and biases of quantized layers, in integers.
+//!
+//! ```text
+//! weight  int8, symmetric, one scale an output channel (or one a tensor)      w = s_w * q
+//! bias    int32, scale s_x * s_w, zero point 0                                 b = s_x * s_w * q
+//! ```
+
+use super::proto::*;
+use super::tensor::{floats, tensor_error};
+use crate::algo::{AlgoInput, algorithm};
+use crate::error::Result;
+use crate::observer::{IntGrid, IntType, QParams};
+use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, ScaleData, ScaleFormat, Zero};
+
+/// Where a weight's output channels are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Channels first: a Conv's (out, in / groups, ...), a Gemm's (out, in) with transB.
+    Rows,
+    /// A matrix (in, out).
+    Columns,
+}
+
+/// An int8 weight.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weight {
+    /// Codes in the float weight's own order.
+    pub codes: Vec<i8>,
+    /// One a channel, or a single one.
+    pub scales: Vec<f32>,
+    /// Output channels.
+    pub channels: usize,
+}
+
+/// A weight's shape as (channels, values of a channel).
+fn shape(tensor: &TensorProto, layout: Layout) -> [usize; 2] {
+    let dims: Vec<usize> = tensor.dims.iter().map(|&d| d.max(0) as usize).collect();
+    match layout {
+        Layout::Rows => [dims[0], dims[1..].iter().product()],
+        Layout::Columns => [dims[1], dims[0]],
+    }
+}
+
+/// Swaps the sides of a (rows, columns) matrix.
+pub(super) fn transpose<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
+}
+
+/// A weight's values with channels first, (channels, values of a channel).
+///
+/// # Errors
+/// Not floats, or of another size than the shape.
+pub fn rows(tensor: &TensorProto, layout: Layout) -> Result<([usize; 2], Vec<f32>)> {
+    let [n, k] = shape(tensor, layout);
+    let values = floats(tensor)?;
+    Ok(([n, k], if layout == Layout::Columns { transpose(&values, k, n) } else { values }))
+}
+
+/// Quantizes a weight with an algorithm of [`crate::ALGORITHMS`]. `importance` weighs the values of a channel; `least`
+/// is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
+///
+/// # Errors
+/// A weight that isn't finite, or whose bytes don't fit its shape.
+pub fn quantize(
+    tensor: &TensorProto,
+    layout: Layout,
+    per_channel: bool,
+    with: &str,
+    importance: Option<&[f32]>,
+    least: &[f32],
+) -> Result<Weight> {
+    let (sides, values) = rows(tensor, layout)?;
+    let [n, k] = sides;
+    let spec = QuantSpec {
+        grid: Grid::Int { bits: 8 },
+        granularity: if per_channel { Granularity::Channel } else { Granularity::Tensor },
+        zero: Zero::Symmetric,
+        scale: ScaleFormat::Float(FloatFormat::F32),
+        outliers: OutlierSpec::None,
+    };
+    let input = AlgoInput { name: tensor.name(), weight: &values, shape: sides, spec: &spec, importance, seed: 0 };
+    let quantized = (algorithm(with)?.run)(&input)?;
+    let ScaleData::Float(scales) = &quantized.scales else {
+        return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));
+    };
+    let mut scales = scales.clone();
+    let mut codes: Vec<i8> = quantized.codes.iter().map(|&c| (i32::from(c) - spec.middle()) as i8).collect();
+    let grid = IntGrid::symmetric(IntType::S8);
+    for (row, scale) in scales.iter_mut().enumerate() {
+        let wanted = match per_channel {
+            true => least.get(row).copied().unwrap_or(0.0),
+            false => least.iter().copied().fold(0.0, f32::max),
+        };
+        // A channel of zeros has scale 0, by which nothing can be divided.
+        let replaced = if *scale < f32::MIN_POSITIVE { wanted.max(1.0) } else { scale.max(wanted) };
+        if replaced != *scale {
+            *scale = replaced;
+            let params = QParams { scale: replaced, zero_point: 0 };
+            let range = if per_channel { row * k..(row + 1) * k } else { 0..n * k };
+            for (code, &value) in codes[range.clone()].iter_mut().zip(&values[range]) {
+                *code = grid.quantize(params, value) as i8;
+            }
+        }
+    }
+    let codes = if layout == Layout::Columns { transpose(&codes, n, k) } else { codes };
+    Ok(Weight { codes, scales, channels: n })
+}
+
+/// The least scale of each channel with which a bias fits into 32 bits, half of them kept free for the products.
+pub fn least_scales(bias: &[f32], input_scale: f32) -> Vec<f32> {
+    bias.iter().map(|b| (f64::from(b.abs()) / (f64::from(input_scale) * f64::from(1 << 30))) as f32).collect()
+}
+
+/// A bias in integers of scale `input_scale * weight_scale`; also those scales, one a channel.
+pub fn quantize_bias(bias: &[f32], input_scale: f32, weight: &Weight) -> (Vec<i32>, Vec<f32>) {
+    let scale = |c: usize| input_scale * weight.scales[if weight.scales.len() == 1 { 0 } else { c }];
+    let code = |(c, b): (usize, &f32)| {
+        let q = (f64::from(*b) / f64::from(scale(c))).round_ties_even();
+        q.clamp(-f64::from(i32::MAX), f64::from(i32::MAX)) as i32
+    };
+    let scales = if weight.scales.len() == 1 { vec![scale(0)] } else { (0..weight.channels).map(scale).collect() };
+    (bias.iter().enumerate().map(code).collect(), scales)
+}
