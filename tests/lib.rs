@@ -8,4 +8,7 @@ mod cuda;
 mod fetched;
 mod oracle;
 mod ptx;
+#[path = "../quant/tests/onnx/small.rs"]
+mod small;
 mod tokens;
+mod vision;

@@ -2,5 +2,11 @@
 
 #[path = "onnx/file.rs"]
 mod file;
+#[path = "onnx/fold.rs"]
+mod fold;
 #[path = "onnx/graph.rs"]
 mod graph;
+#[path = "onnx/qdq.rs"]
+mod qdq;
+#[path = "onnx/small.rs"]
+mod small;

@@ -11,7 +11,10 @@ mod download;
 mod interrupt;
 mod json;
 mod kill;
+#[path = "../../quant/tests/onnx/small.rs"]
+mod small;
 mod smollm2;
 mod support;
 mod terminal;
 mod usage;
+mod vision;

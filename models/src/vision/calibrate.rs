@@ -7,7 +7,9 @@ use super::data::Data;
 use crate::graph::{GraphRunner, Rten, Tensor};
 use crate::{ModelError, Result};
 use nibble_quant::observer::{Choice, Observed, Statistics};
-use nibble_quant::onnx::{Calibration, Model, Plan};
+use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, equalize, sites};
+use nibble_quant::onnx::plan::Kind;
+use nibble_quant::onnx::{Calibration, Graph, Model, Plan};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,7 +39,7 @@ pub struct Seen {
 /// Statistics of the channels of a tensor.
 #[derive(Debug, Clone)]
 pub struct Channels {
-    axis: usize,
+    axis: Axis,
     observed: Option<Observed>,
     /// Sum of each channel's values, and how many there were of each.
     sums: Vec<f64>,
@@ -45,8 +47,8 @@ pub struct Channels {
 }
 
 impl Channels {
-    /// Of an axis.
-    pub fn along(axis: usize) -> Channels {
+    /// Along these dimensions.
+    pub fn along(axis: Axis) -> Channels {
         Channels { axis, observed: None, sums: Vec::new(), count: 0.0 }
     }
 
@@ -67,10 +69,14 @@ impl Channels {
 
     fn observe(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
         let values = tensor.as_floats(name)?;
-        let Some(&channels) = tensor.dims.get(self.axis) else { return Ok(()) };
-        let inner: usize = tensor.dims[self.axis + 1..].iter().product();
+        let axis = match self.axis {
+            Axis::Second => 1,
+            Axis::Last => tensor.dims.len().saturating_sub(1),
+        };
+        let Some(&channels) = tensor.dims.get(axis) else { return Ok(()) };
+        let inner: usize = tensor.dims[axis + 1..].iter().product();
         if self.observed.is_none() {
-            self.observed = Some(Observed::channels(&tensor.dims, self.axis, false)?);
+            self.observed = Some(Observed::channels(&tensor.dims, axis, false)?);
             self.sums = vec![0.0; channels];
         }
         if let Some(observed) = &mut self.observed {
@@ -151,7 +157,7 @@ pub fn observe(
     Ok(seen)
 }
 
-/// Ranges of everything a plan quantizes.
+/// Ranges of everything a plan quantizes, and means and second moments of what layers read.
 ///
 /// # Errors
 /// As [`observe`], and values that aren't finite, by tensor.
@@ -163,15 +169,54 @@ pub fn calibrate(
     progress: &mut dyn FnMut(),
 ) -> Result<Calibration> {
     let histogram = options.observer.observer.histogram;
-    let mut tensors = plan.observed();
-    tensors.extend(plan.layer_inputs(model)?);
-    tensors.sort();
-    tensors.dedup();
-    let seen = observe(model, &tensors, BTreeMap::new(), data, histogram, options, progress)?;
+    let channels = layer_inputs(model, plan)?;
+    let seen = observe(model, &plan.observed(), channels, data, histogram, options, progress)?;
     let mut calibration = Calibration { ranks: seen.ranks, ..Default::default() };
     let grid = plan.settings.activation;
     for (name, statistics) in &seen.tensors {
         calibration.ranges.insert(name.clone(), options.observer.range(name, statistics, grid)?);
     }
+    for (name, channels) in &seen.channels {
+        calibration.means.insert(name.clone(), channels.means());
+        calibration.moments.insert(name.clone(), channels.moments());
+    }
     Ok(calibration)
+}
+
+/// What quantized layers with weights read, and where its channels are.
+fn layer_inputs(model: &Model, plan: &Plan) -> Result<BTreeMap<String, Channels>> {
+    let graph = Graph::new(model.graph())?;
+    let mut inputs = BTreeMap::new();
+    for (id, node) in graph.nodes() {
+        let axis = match plan.kind(id) {
+            Some(Kind::Conv) => Axis::Second,
+            Some(Kind::Linear { .. }) => Axis::Last,
+            _ => continue,
+        };
+        inputs.insert(node.arg(0).to_owned(), Channels::along(axis));
+    }
+    Ok(inputs)
+}
+
+/// Brings channels to like ranges, by what samples show of them: how many places changed. The float function stays.
+///
+/// # Errors
+/// As [`observe`].
+pub fn equalize_channels(
+    model: &mut Model,
+    data: &Data,
+    options: &CalibrateOptions,
+    progress: &mut dyn FnMut(),
+) -> Result<usize> {
+    let mut channels = BTreeMap::new();
+    for site in sites(&Graph::new(model.graph())?) {
+        channels.extend(site.tensors.iter().map(|name| (name.clone(), Channels::along(site.axis))));
+    }
+    if channels.is_empty() {
+        return Ok(0);
+    }
+    let seen = observe(model, &[], channels, data, false, options, progress)?;
+    let of = |c: &Channels| ChannelStatistics { absmax: c.absmax(), moments: c.moments() };
+    let statistics = seen.channels.iter().map(|(name, c)| (name.clone(), of(c))).collect();
+    Ok(equalize(model, &statistics)?)
 }

@@ -200,7 +200,7 @@ fn split(array: &candle_core::Tensor, input: &Input, damaged: &dyn Fn(String) ->
     for (axis, (&found, wanted)) in dims.iter().zip(&input.dims[1..]).enumerate() {
         if wanted.is_some_and(|w| w != found) {
             let why =
-                format!("array `{}` is {found} in dimension {}, the model takes {wanted:?}", input.name, axis + 1);
+                format!("array `{}` is {found} in dimension {}, the model takes {}", input.name, axis + 1, wanted.unwrap_or_default());
             return Err(damaged(why));
         }
     }

@@ -191,17 +191,6 @@ impl Plan {
         roots.into_iter().cloned().collect()
     }
 
-    /// Inputs of layers with weights that are quantized: their ranks decide the form of some.
-    ///
-    /// # Errors
-    /// A graph that is none: not the model that was planned.
-    pub fn layer_inputs(&self, model: &Model) -> Result<Vec<String>> {
-        let graph = Graph::new(model.graph())?;
-        let layers = graph.nodes().filter(|(id, _)| matches!(self.kind(*id), Some(Kind::Conv | Kind::Linear { .. })));
-        let inputs: BTreeSet<String> = layers.map(|(_, node)| node.arg(0).to_owned()).collect();
-        Ok(inputs.into_iter().collect())
-    }
-
     /// The kind of a node that is quantized.
     pub fn kind(&self, node: usize) -> Option<&Kind> {
         match &self.nodes.get(node)?.decision {

@@ -38,8 +38,9 @@ pub struct Calibration {
     pub ranks: BTreeMap<String, usize>,
     /// Second moments of layers' inputs, by tensor: what an error of each weight costs.
     pub moments: BTreeMap<String, Vec<f32>>,
-    /// What a layer's output should have added per channel, by weight name: the mean error of its quantized weights.
-    pub corrections: BTreeMap<String, Vec<f32>>,
+    /// Means of the channels of layers' inputs, by tensor: with them the mean error of rounded weights is known, and goes
+    /// into biases (arXiv 1906.04721, section 4.2).
+    pub means: BTreeMap<String, Vec<f64>>,
 }
 
 /// The pieces that are made while edits are collected.

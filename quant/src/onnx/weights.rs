@@ -32,6 +32,16 @@ pub struct Weight {
     pub channels: usize,
 }
 
+impl Weight {
+    /// The scale of an output channel.
+    pub fn scale(&self, channel: usize) -> f32 {
+        match self.scales.as_slice() {
+            [one] => *one,
+            many => many[channel],
+        }
+    }
+}
+
 /// A weight's shape as (channels, values of a channel).
 fn shape(tensor: &TensorProto, layout: Layout) -> [usize; 2] {
     let dims: Vec<usize> = tensor.dims.iter().map(|&d| d.max(0) as usize).collect();
@@ -113,7 +123,7 @@ pub fn least_scales(bias: &[f32], input_scale: f32) -> Vec<f32> {
 
 /// A bias in integers of scale `input_scale * weight_scale`; also those scales, one a channel.
 pub fn quantize_bias(bias: &[f32], input_scale: f32, weight: &Weight) -> (Vec<i32>, Vec<f32>) {
-    let scale = |c: usize| input_scale * weight.scales[if weight.scales.len() == 1 { 0 } else { c }];
+    let scale = |c: usize| input_scale * weight.scale(c);
     let code = |(c, b): (usize, &f32)| {
         let q = (f64::from(*b) / f64::from(scale(c))).round_ties_even();
         q.clamp(-f64::from(i32::MAX), f64::from(i32::MAX)) as i32

@@ -3,7 +3,7 @@
 use crate::commands::Run;
 use crate::output;
 use crate::session::Session;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nibble_models::graph::{Input, inputs};
 use nibble_models::vision::data::{Data as Samples, DataOptions};
 use nibble_models::vision::picture::{PREPROCESS, preprocess};
@@ -53,6 +53,32 @@ impl Preparation {
     }
 }
 
+/// A file to write.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Output {
+    /// The file to write
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Replace it if it is there
+    #[arg(long)]
+    force: bool,
+}
+
+impl Output {
+    /// Refuses a file that is there.
+    pub fn check(&self) -> Result<()> {
+        may_write(&self.output, self.force)
+    }
+}
+
+/// Refuses to replace a file without being told to.
+pub fn may_write(path: &Path, force: bool) -> Result<()> {
+    if path.exists() && !force {
+        bail!("{}: is there already; --force replaces it", path.display());
+    }
+    Ok(())
+}
+
 /// What of a model's inputs is fixed.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Shapes {
@@ -91,9 +117,8 @@ pub struct Data {
     /// A folder of pictures or arrays, or one of them
     #[arg(value_name = "DATA")]
     data: PathBuf,
-    /// The file to write
-    #[arg(long, short, value_name = "FILE.npy")]
-    output: PathBuf,
+    #[command(flatten)]
+    output: Output,
     #[command(flatten)]
     shapes: Shapes,
     #[command(flatten)]
@@ -107,6 +132,7 @@ fn after_help() -> String {
 
 impl Run for Data {
     fn run(self, session: &Session) -> Result<()> {
+        self.output.check()?;
         let mut model = Model::open(&self.model)?;
         self.shapes.freeze(&mut model)?;
         let inputs = inputs(&model);
@@ -129,11 +155,12 @@ impl Run for Data {
         if let Some(batch) = dims.first_mut() {
             *batch = count;
         }
-        write_npy(&self.output, &dims, &values)?;
+        let path = &self.output.output;
+        write_npy(path, &dims, &values)?;
         if session.json {
-            return output::json(&json!({"path": self.output, "shape": dims, "samples": count}));
+            return output::json(&json!({"path": path, "shape": dims, "samples": count}));
         }
-        output::say(&format!("{}: {count} samples of shape {:?}", self.output.display(), &dims[1..]))
+        output::say(&format!("{}: {count} samples of shape {:?}", path.display(), &dims[1..]))
     }
 }
 

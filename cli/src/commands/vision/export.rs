@@ -1,5 +1,6 @@
 //! `nibble vision export`: an ONNX model of a checkpoint that has no graph.
 
+use super::data::Output;
 use crate::commands::Run;
 use crate::output;
 use crate::session::Session;
@@ -16,9 +17,8 @@ pub struct Export {
     /// The checkpoint
     #[arg(value_name = "CHECKPOINT")]
     checkpoint: PathBuf,
-    /// The model to write
-    #[arg(long, short, value_name = "MODEL.onnx")]
-    output: PathBuf,
+    #[command(flatten)]
+    output: Output,
     /// Pixels a side of the pictures
     #[arg(long, value_name = "PIXELS", default_value_t = 224, value_parser = clap::value_parser!(u16).range(32..=2048))]
     size: u16,
@@ -26,12 +26,14 @@ pub struct Export {
 
 impl Run for Export {
     fn run(self, session: &Session) -> Result<()> {
+        self.output.check()?;
+        let path = &self.output.output;
         let model = export(&self.checkpoint, usize::from(self.size))?;
-        model.save(&self.output, External::Auto)?;
+        model.save(path, External::Auto)?;
         let nodes = model.graph().node.len();
         if session.json {
-            return output::json(&json!({"path": self.output, "nodes": nodes}));
+            return output::json(&json!({"path": path, "nodes": nodes}));
         }
-        output::say(&format!("{}: {nodes} nodes", self.output.display()))
+        output::say(&format!("{}: {nodes} nodes", path.display()))
     }
 }

@@ -1,6 +1,6 @@
 //! `nibble vision quantize`: fold, plan, calibrate, write.
 
-use super::data::{Preparation, Shapes};
+use super::data::{Preparation, Shapes, may_write};
 use crate::arguments::Threads;
 use crate::commands::Run;
 use crate::failure::Usage;
@@ -9,10 +9,12 @@ use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
 use nibble_models::graph::{fold_model, inputs};
-use nibble_models::vision::calibrate::{CalibrateOptions, calibrate};
+use nibble_models::vision::calibrate::{CalibrateOptions, calibrate, equalize_channels};
 use nibble_quant::observer::{self, IntGrid, IntType};
 use nibble_quant::onnx::plan::{Decision, PlannedNode};
-use nibble_quant::onnx::{Calibration, External, Mode, Model, Plan, Selector, Settings, Target, opset, plan, qdq};
+use nibble_quant::onnx::{
+    Calibration, External, Folded, Mode, Model, Plan, Selector, Settings, Target, opset, plan, qdq,
+};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -31,6 +33,9 @@ pub struct Quantize {
     /// The quantized model to write
     #[arg(long, short, value_name = "OUT.onnx", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
+    /// Replace it if it is there
+    #[arg(long)]
+    force: bool,
     /// Samples to calibrate with: a folder of pictures or arrays, or one of them
     #[arg(long, value_name = "DATA")]
     calib: Option<PathBuf>,
@@ -70,6 +75,12 @@ pub struct Quantize {
     /// Quantize convolutions even where they become slower
     #[arg(long)]
     force_conv: bool,
+    /// Leave the ranges of channels as they are
+    #[arg(long)]
+    no_equalize: bool,
+    /// Leave biases as they are
+    #[arg(long)]
+    no_bias_correction: bool,
     /// The runtime to quantize for
     #[arg(long, value_enum, default_value_t)]
     target: TargetWord,
@@ -143,35 +154,44 @@ impl Quantize {
         })
     }
 
-    fn calibration(&self, session: &Session, model: &Model, plan: &Plan) -> Result<(Calibration, usize)> {
-        if plan.settings.mode != Mode::Static {
-            return Ok((Calibration::default(), 0));
+    /// Plans the folded model, and calibrates it where scales are static; how many samples that took.
+    fn prepare(&self, session: &Session, model: &mut Model, folded: &Folded) -> Result<(Plan, Calibration, usize)> {
+        let settings = self.settings()?;
+        if settings.mode != Mode::Static || self.dry_run {
+            return Ok((plan(model, &settings, folded)?, Calibration::default(), 0));
         }
+        let observer = observer::choose(&self.observer)?;
         let Some(calib) = &self.calib else {
             return Err(Usage("--calib is needed: scales are found by running the model over samples".into()).into());
         };
         let data = self.preparation.open(calib, &inputs(model))?;
+        let options = CalibrateOptions { observer, threads: self.threads.count(), stop: session.stop() };
+        let passes = 2 - u64::from(self.no_equalize);
         let meter = Meter::new(session, "calibrate", "samples");
-        meter.begin(self.preparation.expected(&data), 0);
-        let options = CalibrateOptions {
-            observer: observer::choose(&self.observer)?,
-            threads: self.threads.count(),
-            stop: session.stop(),
-        };
+        meter.begin(passes * self.preparation.expected(&data), 0);
+        if !self.no_equalize {
+            equalize_channels(model, &data, &options, &mut || meter.add_thing("channels"))?;
+        }
+        let plan = plan(model, &settings, folded)?;
         let mut samples = 0;
-        let calibration = calibrate(model, plan, &data, &options, &mut || {
+        let mut calibration = calibrate(model, &plan, &data, &options, &mut || {
             samples += 1;
-            meter.add_thing("");
+            meter.add_thing("ranges");
         })?;
-        Ok((calibration, samples))
+        if self.no_bias_correction {
+            calibration.means.clear();
+        }
+        Ok((plan, calibration, samples))
     }
 }
 
 impl Run for Quantize {
     fn run(self, session: &Session) -> Result<()> {
         let started = Instant::now();
+        if let Some(output) = self.output.as_ref().filter(|_| !self.dry_run) {
+            may_write(output, self.force)?;
+        }
         self.threads.set_for_conversion()?;
-        let settings = self.settings()?;
         let mut model = Model::open(&self.model)?;
         if !model.unknown.is_empty() {
             let fields: Vec<&str> = model.unknown.iter().map(String::as_str).collect();
@@ -180,11 +200,10 @@ impl Run for Quantize {
         self.shapes.freeze(&mut model)?;
         opset::upgrade(&mut model)?;
         let folded = fold_model(&mut model, self.threads.count())?;
-        let plan = plan(&model, &settings, &folded)?;
+        let (plan, calibration, samples) = self.prepare(session, &mut model, &folded)?;
         if self.dry_run {
             return show(session, &plan, folded.into.len());
         }
-        let (calibration, samples) = self.calibration(session, &model, &plan)?;
         let quantized = qdq::quantize(&model, &plan, &calibration)?;
         let Some(output) = &self.output else { return Ok(()) };
         quantized.save(output, External::Auto)?;
@@ -192,9 +211,9 @@ impl Run for Quantize {
         let seconds = started.elapsed().as_secs_f64();
         if session.json {
             return output::json(&json!({
-                "output": output, "quantized_nodes": plan.quantized(), "nodes": plan.nodes.len(),
-                "samples": samples, "bytes": [bytes(&self.model), bytes(output)], "seconds": seconds,
-                "peak_rss": output::peak_rss(),
+                "path": output, "quantized_nodes": plan.quantized(), "nodes": plan.nodes.len(),
+                "samples": samples, "bytes_in": bytes(&self.model), "bytes_out": bytes(output), "seconds": seconds,
+                "peak_rss_bytes": output::peak_rss(),
             }));
         }
         let peak = output::peak_rss().map_or(String::new(), |rss| format!(", peak {}", output::bytes(rss)));

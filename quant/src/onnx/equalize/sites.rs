@@ -155,9 +155,7 @@ fn maker(graph: &Graph, tensor: &str, norms: &BTreeMap<String, (String, String)>
     if let Some((gain, offset)) = norms.get(tensor) {
         let n = float(graph, gain).map_or(0, |t| dim(t, 0));
         return match n > 0 && vector(graph, gain, n) && vector(graph, offset, n) {
-            true => {
-                End::Layer(Producer { weight: None, vectors: vec![gain.clone(), offset.clone()] }, Axis::Last, n)
-            }
+            true => End::Layer(Producer { weight: None, vectors: vec![gain.clone(), offset.clone()] }, Axis::Last, n),
             false => End::Not,
         };
     }

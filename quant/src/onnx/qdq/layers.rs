@@ -8,7 +8,7 @@ use crate::onnx::graph::label;
 use crate::onnx::plan::{Kind, Target};
 use crate::onnx::proto::*;
 use crate::onnx::tensor::{floats, from_f32};
-use crate::onnx::weights::{Layout, Weight, least_scales, quantize, quantize_bias};
+use crate::onnx::weights::{Layout, Weight, least_scales, quantize, quantize_bias, rows, transpose};
 use std::collections::BTreeMap;
 
 /// Weights that are written already, with their names: two layers may share one.
@@ -39,24 +39,30 @@ impl Writer<'_> {
     /// A Conv or Gemm, whose bias is one of its inputs.
     fn layer(&mut self, id: usize, layout: Layout, axis: i64, written: &mut Written) -> Result<()> {
         let node = self.graph.node(id);
-        let bias = self.bias(id, node.arg(2), node.arg(1), layout)?;
-        if self.plan.settings.target == Target::TensorRt {
-            self.weight(id, layout, axis, &[], written)?;
-            if let Some((name, values)) = bias {
-                let name = self.name(&format!("{name}_float"));
-                let to = self.initializer(from_f32(&name, &[values.len()], &values));
-                self.edits.push(Edit::Input { node: id, slot: 2, to });
-            }
-            return Ok(());
-        }
+        let bias = self.bias(node.arg(2))?;
+        let float = self.plan.settings.target == Target::TensorRt;
         let scale = self.params(node.arg(0))?.scale;
-        let least = bias.as_ref().map(|(_, values)| least_scales(values, scale)).unwrap_or_default();
+        let least = match &bias {
+            Some(values) if !float => least_scales(values, scale),
+            _ => Vec::new(),
+        };
         let weight = self.weight(id, layout, axis, &least, written)?;
-        if let Some((name, values)) = bias {
-            let (codes, scales) = quantize_bias(&values, scale, &weight);
-            let to = self.dequantized(&name, Codes::Int32(codes), &[values.len()], &scales, 0);
-            self.edits.push(Edit::Input { node: id, slot: 2, to });
-        }
+        let Some(values) = self.corrected(id, layout, &weight, bias)? else { return Ok(()) };
+        let base = match node.arg(2) {
+            "" => format!("{}_bias", node.arg(1)),
+            name => name.to_owned(),
+        };
+        let to = match float {
+            true => {
+                let name = self.name(&format!("{base}_float"));
+                self.initializer(from_f32(&name, &[values.len()], &values))
+            }
+            false => {
+                let (codes, scales) = quantize_bias(&values, scale, &weight);
+                self.dequantized(&base, Codes::Int32(codes), &[values.len()], &scales, 0)
+            }
+        };
+        self.edits.push(Edit::Input { node: id, slot: 2, to });
         Ok(())
     }
 
@@ -71,14 +77,14 @@ impl Writer<'_> {
             let why = "was never seen; its rank is needed".to_owned();
             return Err(QuantError::Tensor { name: node.arg(0).into(), why });
         };
-        let Some((name, values)) = self.bias(id, self.graph.node(add).arg(slot), node.arg(1), Layout::Columns)? else {
-            return Ok(());
-        };
+        let name = self.graph.node(add).arg(slot).to_owned();
+        let Some(values) = self.bias(&name)? else { return Ok(()) };
         let n = values.len();
         if rank == 2 && self.plan.settings.target == Target::OnnxRuntime {
             // Of two dimensions MatMul and Add are a Gemm, and one with an integer bias has an integer kernel.
             let scale = self.params(node.arg(0))?.scale;
             let weight = self.weight(id, Layout::Columns, 1, &least_scales(&values, scale), written)?;
+            let values = self.corrected(id, Layout::Columns, &weight, Some(values))?.unwrap_or_default();
             let (codes, scales) = quantize_bias(&values, scale, &weight);
             let bias = self.dequantized(&name, Codes::Int32(codes), &[n], &scales, 0);
             let input = |slot: usize| {
@@ -94,7 +100,8 @@ impl Writer<'_> {
             self.edits.extend([Edit::Remove(id), Edit::Remove(add), Edit::Add(gemm)]);
             return Ok(());
         }
-        self.weight(id, Layout::Columns, 1, &[], written)?;
+        let weight = self.weight(id, Layout::Columns, 1, &[], written)?;
+        let values = self.corrected(id, Layout::Columns, &weight, Some(values))?.unwrap_or_default();
         // ONNX Runtime makes a MatMul and an Add of a vector one float Gemm, and the integers are lost. It doesn't where
         // the bias has as many dimensions as the product.
         let name = self.name(&format!("{name}_{rank}d"));
@@ -104,27 +111,53 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// A layer's bias with what calibration adds to it, and its name; none if there is neither.
-    fn bias(&self, id: usize, name: &str, weight: &str, layout: Layout) -> Result<Option<(String, Vec<f32>)>> {
-        let constant = self.graph.constant(name);
-        let missing = self.calibration.corrections.get(&label(self.graph.node(id)));
-        let mut values = match (constant, missing) {
-            (Some(constant), _) => floats(constant)?,
-            (None, Some(_)) => {
-                let dims = self.graph.constant(weight).map_or(&[][..], |t| &t.dims);
-                let axis = usize::from(layout == Layout::Columns);
-                vec![0.0; dims.get(axis).map_or(0, |&d| d.max(0) as usize)]
-            }
-            (None, None) => return Ok(None),
+    /// A bias's values; none if there is none.
+    fn bias(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(constant) = self.graph.constant(name) else { return Ok(None) };
+        let values = floats(constant)?;
+        match values.iter().find(|b| !b.is_finite()) {
+            Some(bad) => Err(QuantError::Tensor { name: name.into(), why: format!("has a value {bad}") }),
+            None => Ok(Some(values)),
+        }
+    }
+
+    /// A layer's bias plus what the rounding of its weights takes away on average, where calibration knows the means of
+    /// its input.
+    fn corrected(
+        &self,
+        id: usize,
+        layout: Layout,
+        quantized: &Weight,
+        bias: Option<Vec<f32>>,
+    ) -> Result<Option<Vec<f32>>> {
+        let node = self.graph.node(id);
+        let (Some(means), Some(tensor)) = (self.calibration.means.get(node.arg(0)), self.graph.constant(node.arg(1)))
+        else {
+            return Ok(bias);
         };
-        if let Some(missing) = missing {
-            values.iter_mut().zip(missing).for_each(|(bias, add)| *bias += add);
+        let ([n, k], exact) = rows(tensor, layout)?;
+        let codes = match layout {
+            Layout::Rows => quantized.codes.clone(),
+            Layout::Columns => transpose(&quantized.codes, k, n),
+        };
+        let taps: usize = tensor.dims.iter().skip(2).map(|&d| d.max(1) as usize).product();
+        let groups = if node.is("Conv") { node.int("group", 1).max(1) as usize } else { 1 };
+        let per_group = k / taps.max(1);
+        if means.len() != per_group * groups {
+            return Ok(bias);
         }
-        if let Some(bad) = values.iter().find(|b| !b.is_finite()) {
-            return Err(QuantError::Tensor { name: name.into(), why: format!("has a value {bad}") });
+        let mut values = bias.unwrap_or_else(|| vec![0.0; n]);
+        for (row, value) in values.iter_mut().enumerate() {
+            let first = row / (n / groups).max(1) * per_group;
+            let missing: f64 = (0..k)
+                .map(|j| {
+                    let rounded = f64::from(codes[row * k + j]) * f64::from(quantized.scale(row));
+                    (f64::from(exact[row * k + j]) - rounded) * means[first + j / taps]
+                })
+                .sum();
+            *value = (f64::from(*value) + missing) as f32;
         }
-        let base = constant.map_or_else(|| format!("{weight}_bias"), |t| t.name().to_owned());
-        Ok(Some((base, values)))
+        Ok(Some(values))
     }
 
     /// Quantizes a layer's weight and lets the layer read it.

@@ -57,7 +57,8 @@ impl Writer<'_> {
                     _ => packed.extend(padded),
                 }
             }
-            let scales: Vec<f32> = (0..n).flat_map(|r| (0..groups).map(move |g| (r, g))).map(|(r, g)| quantized.scale(r, g)).collect();
+            let scales: Vec<f32> =
+                (0..n).flat_map(|r| (0..groups).map(move |g| (r, g))).map(|(r, g)| quantized.scale(r, g)).collect();
             let base = tensor.name();
             let names = ["quantized", "scale"].map(|part| self.name(&format!("{base}_{part}")));
             self.initializer(from_u8(&names[0], &[n, groups, group * usize::from(bits) / 8], &packed));

@@ -1,0 +1,145 @@
+//! `nibble vision`: the whole way of a small ONNX model, and what it refuses.
+
+use crate::small::{constant, model, node, numbers};
+use crate::support::Place;
+use nibble_quant::onnx::External;
+use nibble_quant::onnx::proto::AttributeProto;
+use std::path::Path;
+
+/// Samples in NumPy's format.
+fn write_npy(path: &Path, dims: &[usize], values: &[f32]) {
+    let shape: String = dims.iter().map(|d| format!("{d}, ")).collect();
+    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape}), }}");
+    header.push_str(&" ".repeat(117 - header.len()));
+    header.push('\n');
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.into_bytes());
+    bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// A folder with `model.onnx` (two Convs, a Relu, a classifier) and samples for it.
+fn place() -> Place {
+    let place = Place::new();
+    let nodes = vec![
+        node("Conv", &["x", "w1", "b1"], "c1"),
+        node("Relu", &["c1"], "r1"),
+        node("Conv", &["r1", "w2"], "c2"),
+        node("GlobalAveragePool", &["c2"], "pool"),
+        node("Flatten", &["pool"], "flat"),
+        node("Gemm", &["flat", "fc"], "logits").with(AttributeProto::new_int("transB", 1)),
+    ];
+    let constants = vec![
+        constant("w1", &[8, 3, 1, 1], 1),
+        constant("b1", &[8], 2),
+        constant("w2", &[8, 8, 3, 3], 3),
+        constant("fc", &[5, 8], 4),
+    ];
+    let float = model(nodes, constants, ("x", &[1, 3, 8, 8]), &["logits"]);
+    float.save(&place.path("model.onnx"), External::Auto).unwrap();
+    write_npy(&place.path("calib.npy"), &[16, 3, 8, 8], &numbers(5, 16 * 192));
+    write_npy(&place.path("eval.npy"), &[8, 3, 8, 8], &numbers(6, 8 * 192));
+    place
+}
+
+const QUANTIZE: [&str; 7] = ["vision", "quantize", "model.onnx", "-o", "int8.onnx", "--calib", "calib.npy"];
+
+#[test]
+fn a_model_is_quantized_and_judged() {
+    let place = place();
+    let made = place.run(&[&QUANTIZE[..], &["--json"]].concat()).json();
+    assert_eq!((made["samples"].as_u64(), made["nodes"].as_u64()), (Some(16), Some(6)));
+    assert_eq!(made["quantized_nodes"], 5);
+    assert_eq!(made["bytes_out"], std::fs::metadata(place.path("int8.onnx")).unwrap().len());
+    let judged = place.run(&["vision", "eval", "model.onnx", "int8.onnx", "-d", "eval.npy", "--json"]).json();
+    let logits = &judged["outputs"][0];
+    assert_eq!((judged["samples"].as_u64(), logits["name"].as_str()), (Some(8), Some("logits")));
+    assert!(logits["sqnr_db"].as_f64().unwrap() > 25.0 && logits["cosine"].as_f64().unwrap() > 0.99, "{judged}");
+    // A model is its own equal: no noise, every sample alike.
+    let same = place.run(&["vision", "eval", "model.onnx", "model.onnx", "-d", "eval.npy", "--json"]).json();
+    let logits = &same["outputs"][0];
+    assert!(logits["sqnr_db"].is_null() && logits["top1"] == 1.0 && logits["nearest"] == 1.0, "{same}");
+    let failed = place.run(&["vision", "eval", "model.onnx", "int8.onnx", "-d", "eval.npy", "--min-sqnr", "200"]);
+    assert!(failed.error(1).contains("output `logits`"), "{}", failed.stderr);
+
+    let inspected = place.run(&["vision", "inspect", "int8.onnx", "--json"]).json();
+    assert_eq!(inspected["operators"]["QuantizeLinear"], 5, "x, r1, c2, pool, flat");
+    assert!(inspected["weights"].as_array().unwrap().iter().any(|w| w["type"] == "int8"));
+
+    // Nothing is replaced unasked, and the same input gives the same bytes.
+    let first = std::fs::read(place.path("int8.onnx")).unwrap();
+    assert!(place.run(&QUANTIZE).error(1).contains("int8.onnx: is there already"));
+    place.run(&[&QUANTIZE[..], &["--force", "--threads", "1"]].concat()).ok();
+    assert_eq!(std::fs::read(place.path("int8.onnx")).unwrap(), first);
+    assert_eq!(place.names(), ["calib.npy", "eval.npy", "int8.onnx", "model.onnx"], "nothing is left beside it");
+}
+
+#[test]
+fn a_dry_run_says_what_becomes_of_every_node_and_writes_nothing() {
+    let place = place();
+    let plan = place.run(&["vision", "quantize", "model.onnx", "--dry-run", "--exclude", "op:Gemm", "--json"]).json();
+    let becomes = |name: &str| {
+        let nodes = plan["nodes"].as_array().unwrap();
+        nodes.iter().find(|n| n["node"] == name).unwrap()["becomes"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((becomes("Conv.c1"), becomes("Relu.r1"), becomes("Gemm.logits")), ("integer".into(), "merged".into(), "float".into()));
+    let text = place.run(&["vision", "quantize", "model.onnx", "--dry-run"]);
+    assert!(text.ok().contains("range 0..inf of the node before"), "{}", text.stdout);
+    assert_eq!(place.names(), ["calib.npy", "eval.npy", "model.onnx"]);
+}
+
+#[test]
+fn wrong_words_are_refused_before_anything_runs() {
+    let place = place();
+    let base = &["vision", "quantize", "model.onnx", "-o", "int8.onnx"];
+    let calib = &["--calib", "calib.npy"];
+    for (words, code, says) in [
+        (&[][..], 2, "--calib is needed"),
+        (&["--calib", "nowhere"], 1, "nowhere"),
+        (&["--calib", "model.onnx"], 1, "model.onnx: `.onnx`: pictures and arrays are read"),
+        (&[calib, &["--observer", "guess"][..]].concat(), 2, "observer `guess`"),
+        (&[calib, &["--exclude", "Conv.c9"][..]].concat(), 2, "did you mean `Conv.c1`?"),
+        (&[calib, &["--algorithm", "magic"][..]].concat(), 2, "algorithm `magic`"),
+        (&[calib, &["--preprocess", "magic"][..]].concat(), 1, "preprocessing `magic`"),
+        (&[calib, &["--shape", "x=1x3x9x8"][..]].concat(), 1, "dimension 2 is 8 in the model, 9 was asked for"),
+        (&[calib, &["--shape", "x"][..]].concat(), 1, "wanted NAME=1x3x224x224"),
+        (&["--mode", "weights", "--bits", "3"], 2, "4 or 8 are possible"),
+    ] {
+        let ended = place.run(&[&base[..], words].concat());
+        assert!(ended.error(code).contains(says), "{words:?}: {}", ended.stderr);
+    }
+    assert!(!place.path("int8.onnx").exists());
+    let ended = place.run(&["vision", "quantize", "model.onnx", "-o", "model.onnx", "--calib", "calib.npy", "--force"]);
+    assert!(ended.error(1).contains("is what the model was read from"), "{}", ended.stderr);
+}
+
+#[test]
+fn damaged_models_and_samples_are_named() {
+    let place = place();
+    let whole = std::fs::read(place.path("model.onnx")).unwrap();
+    for length in [0, 1, 40, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(place.path("model.onnx"), &whole[..length]).unwrap();
+        for words in [&QUANTIZE[..], &["vision", "inspect", "model.onnx"], &["vision", "eval", "model.onnx", "model.onnx", "-d", "eval.npy"]] {
+            let ended = place.run(words);
+            assert!(ended.error(1).contains("model.onnx"), "{length} bytes, {words:?}: {}", ended.stderr);
+        }
+    }
+    std::fs::write(place.path("model.onnx"), &whole).unwrap();
+    let samples = std::fs::read(place.path("calib.npy")).unwrap();
+    for length in [0, 5, 60, 128, samples.len() - 1] {
+        std::fs::write(place.path("calib.npy"), &samples[..length]).unwrap();
+        let ended = place.run(&QUANTIZE);
+        assert!(ended.error(1).contains("calib.npy"), "{length} bytes: {}", ended.stderr);
+    }
+    write_npy(&place.path("calib.npy"), &[2, 3, 8, 9], &numbers(5, 2 * 3 * 72));
+    let ended = place.run(&QUANTIZE);
+    assert!(ended.error(1).contains("array `x` is 9 in dimension 3, the model takes 8"), "{}", ended.stderr);
+    std::fs::create_dir(place.path("empty")).unwrap();
+    let ended = place.run(&["vision", "quantize", "model.onnx", "-o", "int8.onnx", "--calib", "empty"]);
+    assert!(ended.error(1).contains("empty: holds no file of the kinds jpg"), "{}", ended.stderr);
+    std::fs::write(place.path("empty/photo.png"), b"not a picture").unwrap();
+    let ended = place.run(&["vision", "quantize", "model.onnx", "-o", "int8.onnx", "--calib", "empty"]);
+    assert!(ended.error(1).contains("photo.png: not a picture"), "{}", ended.stderr);
+    assert!(!place.path("int8.onnx").exists());
+}
