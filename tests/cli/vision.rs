@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// Samples in NumPy's format.
 fn write_npy(path: &Path, dims: &[usize], values: &[f32]) {
-    let shape: String = dims.iter().map(|d| format!("{d}, ")).collect();
+    let shape = dims.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape}), }}");
     header.push_str(&" ".repeat(117 - header.len()));
     header.push('\n');
@@ -83,7 +83,10 @@ fn a_dry_run_says_what_becomes_of_every_node_and_writes_nothing() {
         let nodes = plan["nodes"].as_array().unwrap();
         nodes.iter().find(|n| n["node"] == name).unwrap()["becomes"].as_str().unwrap().to_owned()
     };
-    assert_eq!((becomes("Conv.c1"), becomes("Relu.r1"), becomes("Gemm.logits")), ("integer".into(), "merged".into(), "float".into()));
+    assert_eq!(
+        (becomes("Conv.c1"), becomes("Relu.r1"), becomes("Gemm.logits")),
+        ("integer".into(), "merged".into(), "float".into())
+    );
     let text = place.run(&["vision", "quantize", "model.onnx", "--dry-run"]);
     assert!(text.ok().contains("range 0..inf of the node before"), "{}", text.stdout);
     assert_eq!(place.names(), ["calib.npy", "eval.npy", "model.onnx"]);
@@ -120,7 +123,11 @@ fn damaged_models_and_samples_are_named() {
     let whole = std::fs::read(place.path("model.onnx")).unwrap();
     for length in [0, 1, 40, whole.len() / 2, whole.len() - 1] {
         std::fs::write(place.path("model.onnx"), &whole[..length]).unwrap();
-        for words in [&QUANTIZE[..], &["vision", "inspect", "model.onnx"], &["vision", "eval", "model.onnx", "model.onnx", "-d", "eval.npy"]] {
+        for words in [
+            &QUANTIZE[..],
+            &["vision", "inspect", "model.onnx"],
+            &["vision", "eval", "model.onnx", "model.onnx", "-d", "eval.npy"],
+        ] {
             let ended = place.run(words);
             assert!(ended.error(1).contains("model.onnx"), "{length} bytes, {words:?}: {}", ended.stderr);
         }

@@ -2,7 +2,8 @@
 
 use super::{GraphRunner, Input, Tensor, Values, inputs};
 use crate::{ModelError, Result};
-use nibble_quant::onnx::proto::ValueInfoProto;
+use nibble_quant::onnx::file::MAX_PROTOBUF;
+use nibble_quant::onnx::proto::{ModelProto, ValueInfoProto};
 use nibble_quant::onnx::{External, Model};
 use prost::Message;
 use rten::{ModelOptions, RunOptions, ThreadPool, Value, ValueOrView, ValueView};
@@ -34,20 +35,27 @@ impl Rten {
                 graph.output.push(ValueInfoProto { name: Some(name.clone()), ..Default::default() });
             }
         }
-        let failed = |e: rten::LoadError| refuse(e.node().unwrap_or("graph"), format!("rten can't load it: {e}"));
-        let options = ModelOptions::with_all_ops();
-        let loaded = if proto.encoded_len() as u64 > nibble_quant::onnx::file::MAX_PROTOBUF {
-            // Over 2 GB only a file with its weights beside it can be read.
-            let folder = tempfile::tempdir().map_err(ModelError::io(std::env::temp_dir()))?;
-            let path = folder.path().join("model.onnx");
-            Model { proto, ..Default::default() }.save(&path, External::Always)?;
-            options.load_file(&path).map_err(failed)?
-        } else {
-            options.load(proto.encode_to_vec()).map_err(failed)?
+        let mut options = ModelOptions::with_all_ops();
+        // The optimizer gives up where it finds that two of the tensors asked for are one; without it they are two.
+        let loaded = match load(&proto, &options) {
+            Err(_) => load(&proto, options.enable_optimization(false))?,
+            Ok(loaded) => loaded,
         };
         let pool = Arc::new(ThreadPool::with_num_threads(threads.max(1)));
         Ok(Rten { model: loaded, inputs: inputs(model), pool })
     }
+}
+
+fn load(proto: &ModelProto, options: &ModelOptions) -> Result<rten::Model> {
+    let failed = |e: rten::LoadError| refuse(e.node().unwrap_or("graph"), format!("rten can't load it: {e}"));
+    if proto.encoded_len() as u64 <= MAX_PROTOBUF {
+        return options.load(proto.encode_to_vec()).map_err(failed);
+    }
+    // Over 2 GB only a file with its weights beside it can be read.
+    let folder = tempfile::tempdir().map_err(ModelError::io(std::env::temp_dir()))?;
+    let path = folder.path().join("model.onnx");
+    Model { proto: proto.clone(), ..Default::default() }.save(&path, External::Always)?;
+    options.load_file(&path).map_err(failed)
 }
 
 impl GraphRunner for Rten {

@@ -86,6 +86,21 @@ impl Data {
         &self.files
     }
 
+    /// How many samples there are.
+    ///
+    /// # Errors
+    /// An array file that can't be read or doesn't fit.
+    pub fn count(&self) -> Result<u64> {
+        let mut count = 0;
+        for (index, file) in self.files.iter().enumerate() {
+            count += match PICTURES.contains(&extension(file).as_str()) {
+                true => self.options.crops.max(1),
+                false => self.samples(file, index)?.len(),
+            };
+        }
+        Ok(self.options.limit.map_or(count, |limit| limit.min(count)) as u64)
+    }
+
     /// Calls `each` on every sample, with the file it is from, until it returns false.
     ///
     /// # Errors
@@ -199,8 +214,12 @@ fn split(array: &candle_core::Tensor, input: &Input, damaged: &dyn Fn(String) ->
     };
     for (axis, (&found, wanted)) in dims.iter().zip(&input.dims[1..]).enumerate() {
         if wanted.is_some_and(|w| w != found) {
-            let why =
-                format!("array `{}` is {found} in dimension {}, the model takes {}", input.name, axis + 1, wanted.unwrap_or_default());
+            let why = format!(
+                "array `{}` is {found} in dimension {}, the model takes {}",
+                input.name,
+                axis + 1,
+                wanted.unwrap_or_default()
+            );
             return Err(damaged(why));
         }
     }

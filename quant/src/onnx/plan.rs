@@ -18,6 +18,7 @@ use super::fold::Folded;
 use super::graph::label;
 use super::groups::{Group, groups};
 use super::select::{self, Selector};
+use super::weights::Rounding;
 use super::{Graph, Model};
 use crate::Range;
 use crate::error::Result;
@@ -59,10 +60,8 @@ pub struct Settings {
     pub target: Target,
     /// The grid of activations.
     pub activation: IntGrid,
-    /// A scale for every output channel of a weight, or one a weight.
-    pub per_channel: bool,
-    /// Name in [`crate::ALGORITHMS`] of what rounds weights.
-    pub algorithm: &'static str,
+    /// How 8-bit weights are rounded.
+    pub weights: Rounding,
     /// If there are any, only these anchors are quantized.
     pub include: Vec<Selector>,
     /// These nodes stay float.
@@ -79,8 +78,7 @@ impl Default for Settings {
             mode: Mode::Static,
             target: Target::OnnxRuntime,
             activation: IntGrid::asymmetric(IntType::U8),
-            per_channel: true,
-            algorithm: "rtn",
+            weights: Rounding { per_channel: true, bits: 8, algorithm: "rtn" },
             include: Vec::new(),
             exclude: Vec::new(),
             attention: false,
@@ -209,6 +207,9 @@ impl Plan {
 fn check(settings: &Settings) -> Result<()> {
     let refuse = |what: &str, why: String| Err(crate::QuantError::Spec { what: what.into(), why });
     let grid = settings.activation;
+    if !matches!(settings.weights.bits, 7 | 8) {
+        return refuse("weight bits", format!("{} in use; 7 or 8 are possible", settings.weights.bits));
+    }
     match settings.mode {
         Mode::WeightOnly { bits, .. } if bits != 4 && bits != 8 => {
             refuse("weight bits", format!("{bits}; 4 or 8 are possible"))

@@ -66,7 +66,18 @@ pub fn rows(tensor: &TensorProto, layout: Layout) -> Result<([usize; 2], Vec<f32
     Ok(([n, k], if layout == Layout::Columns { transpose(&values, k, n) } else { values }))
 }
 
-/// Quantizes a weight with an algorithm of [`crate::ALGORITHMS`]. `importance` weighs the values of a channel; `least`
+/// How weights are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rounding {
+    /// A scale for every output channel, or one a weight.
+    pub per_channel: bool,
+    /// Bits in use of the 8 that are stored: 8, or 7 where sums of two products have 16 bits.
+    pub bits: u8,
+    /// Name in [`crate::ALGORITHMS`].
+    pub algorithm: &'static str,
+}
+
+/// Quantizes a weight. `importance` weighs the values of a channel; `least`
 /// is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
 ///
 /// # Errors
@@ -74,28 +85,29 @@ pub fn rows(tensor: &TensorProto, layout: Layout) -> Result<([usize; 2], Vec<f32
 pub fn quantize(
     tensor: &TensorProto,
     layout: Layout,
-    per_channel: bool,
-    with: &str,
+    how: Rounding,
     importance: Option<&[f32]>,
     least: &[f32],
 ) -> Result<Weight> {
     let (sides, values) = rows(tensor, layout)?;
     let [n, k] = sides;
+    let Rounding { per_channel, bits, algorithm: name } = how;
     let spec = QuantSpec {
-        grid: Grid::Int { bits: 8 },
+        grid: Grid::Int { bits },
         granularity: if per_channel { Granularity::Channel } else { Granularity::Tensor },
         zero: Zero::Symmetric,
         scale: ScaleFormat::Float(FloatFormat::F32),
         outliers: OutlierSpec::None,
     };
     let input = AlgoInput { name: tensor.name(), weight: &values, shape: sides, spec: &spec, importance, seed: 0 };
-    let quantized = (algorithm(with)?.run)(&input)?;
+    let quantized = (algorithm(name)?.run)(&input)?;
     let ScaleData::Float(scales) = &quantized.scales else {
         return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));
     };
     let mut scales = scales.clone();
     let mut codes: Vec<i8> = quantized.codes.iter().map(|&c| (i32::from(c) - spec.middle()) as i8).collect();
     let grid = IntGrid::symmetric(IntType::S8);
+    let most = (1i32 << (bits - 1)) - 1;
     for (row, scale) in scales.iter_mut().enumerate() {
         let wanted = match per_channel {
             true => least.get(row).copied().unwrap_or(0.0),
@@ -108,7 +120,7 @@ pub fn quantize(
             let params = QParams { scale: replaced, zero_point: 0 };
             let range = if per_channel { row * k..(row + 1) * k } else { 0..n * k };
             for (code, &value) in codes[range.clone()].iter_mut().zip(&values[range]) {
-                *code = grid.quantize(params, value) as i8;
+                *code = grid.quantize(params, value).clamp(-most, most) as i8;
             }
         }
     }

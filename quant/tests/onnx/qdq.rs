@@ -357,9 +357,11 @@ fn packed_weights_mean_what_the_algorithm_made_of_them() {
                 };
                 let scale = scales[n * 2 + j / 32];
                 let value = (code - middle) as f32 * scale;
+                // The full range of 4 bits reaches a whole step less far on one side.
+                let steps = if bits == 4 { 1.001 } else { 0.501 };
                 let wanted = if j < k { exact[j * 3 + n] } else { 0.0 };
                 assert!(
-                    (value - wanted).abs() <= scale.abs() * 0.501,
+                    (value - wanted).abs() <= scale.abs() * steps,
                     "{bits} bits, channel {n}, {j}: {wanted} became {value}"
                 );
             }
@@ -379,4 +381,20 @@ fn a_tensor_without_a_range_is_named() {
     calibration.ranges.remove("sum");
     let error = qdq::quantize(&float, &plan, &calibration).unwrap_err().to_string();
     assert!(error.contains("tensor `sum`: has no range"), "{error}");
+}
+
+#[test]
+fn seven_bits_of_weights_never_saturate_sums_of_two_products() {
+    let float = residual();
+    let mut settings = Settings::default();
+    settings.weights.bits = 7;
+    let plan = planned(&float, &settings);
+    let quantized = qdq::quantize(&float, &plan, &calibration(&float, &plan)).unwrap();
+    for name in ["w1_quantized", "w2_quantized", "w3_quantized", "fc_quantized"] {
+        let codes = ints(tensor(&quantized, name)).unwrap();
+        assert_eq!(codes.iter().map(|c| c.abs()).max(), Some(63), "{name}");
+        assert!(2 * 255 * 63 <= i64::from(i16::MAX));
+    }
+    settings.weights.bits = 6;
+    assert!(plan_error(&float, &settings).contains("6 in use; 7 or 8"));
 }

@@ -45,12 +45,6 @@ impl Preparation {
         };
         Ok(Samples::open(path, inputs, options)?)
     }
-
-    /// Samples there may be, for a meter.
-    pub fn expected(&self, data: &Samples) -> u64 {
-        let crops = data.files().len() * self.crops.max(1);
-        self.samples.map_or(crops, |limit| limit.min(crops)) as u64
-    }
 }
 
 /// A file to write.
@@ -166,7 +160,11 @@ impl Run for Data {
 
 /// Writes an array in NumPy's format (version 1.0), whole or not at all.
 fn write_npy(path: &Path, dims: &[usize], values: &[f32]) -> Result<()> {
-    let shape: String = dims.iter().map(|d| format!("{d}, ")).collect();
+    // As NumPy itself writes it: some readers know no other spacing.
+    let mut shape = dims.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    if dims.len() == 1 {
+        shape.push(',');
+    }
     let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape}), }}");
     // Magic, version, length and header together are a multiple of 64 bytes, and end in a newline.
     while (10 + header.len() + 1) % 64 != 0 {

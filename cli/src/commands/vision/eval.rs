@@ -68,7 +68,7 @@ impl Run for Eval {
         };
         let data = self.preparation.open(&self.data, reference.inputs())?;
         let meter = Meter::new(session, "eval", "samples");
-        meter.begin(self.preparation.expected(&data), 0);
+        meter.begin(data.count()?, 0);
         let report = evaluate(&reference, &other, &outputs, &data, labels.as_deref(), session.stop(), &mut || {
             meter.add_thing("")
         })?;

@@ -12,6 +12,7 @@ use nibble_models::graph::{fold_model, inputs};
 use nibble_models::vision::calibrate::{CalibrateOptions, calibrate, equalize_channels};
 use nibble_quant::observer::{self, IntGrid, IntType};
 use nibble_quant::onnx::plan::{Decision, PlannedNode};
+use nibble_quant::onnx::weights::Rounding;
 use nibble_quant::onnx::{
     Calibration, External, Folded, Mode, Model, Plan, Selector, Settings, Target, opset, plan, qdq,
 };
@@ -54,6 +55,9 @@ pub struct Quantize {
     /// One scale a weight instead of one an output channel
     #[arg(long)]
     per_tensor: bool,
+    /// Weights of 7 bits, for processors without VNNI: their sums of two products saturate at 16 bits
+    #[arg(long)]
+    reduce_range: bool,
     /// What rounds weights: rtn, clip or search
     #[arg(long, value_name = "NAME", default_value = "rtn")]
     algorithm: String,
@@ -145,8 +149,11 @@ impl Quantize {
             mode,
             target,
             activation,
-            per_channel: !self.per_tensor,
-            algorithm: nibble_quant::algo::algorithm(&self.algorithm)?.name,
+            weights: Rounding {
+                per_channel: !self.per_tensor,
+                bits: if self.reduce_range { 7 } else { 8 },
+                algorithm: nibble_quant::algo::algorithm(&self.algorithm)?.name,
+            },
             include: self.include.clone(),
             exclude: self.exclude.clone(),
             attention: self.attention,
@@ -168,7 +175,7 @@ impl Quantize {
         let options = CalibrateOptions { observer, threads: self.threads.count(), stop: session.stop() };
         let passes = 2 - u64::from(self.no_equalize);
         let meter = Meter::new(session, "calibrate", "samples");
-        meter.begin(passes * self.preparation.expected(&data), 0);
+        meter.begin(passes * data.count()?, 0);
         if !self.no_equalize {
             equalize_channels(model, &data, &options, &mut || meter.add_thing("channels"))?;
         }

@@ -30,7 +30,8 @@ pub(super) fn lift(graph: &Graph) -> Result<Step> {
     let mut step = Step::default();
     for (id, node) in graph.nodes().filter(|(_, n)| n.is("Constant")) {
         let name = node.out();
-        let value = node.attribute.first().filter(|_| !graph.is_output(name)).and_then(|a| match a.name() {
+        let read = !graph.consumers(name).is_empty() || graph.captured(name);
+        let value = node.attribute.first().filter(|_| read && !graph.is_output(name)).and_then(|a| match a.name() {
             "value" => a.t.clone().map(|t| TensorProto { name: Some(name.to_owned()), ..t }),
             "value_float" => a.f.map(|v| from_f32(name, &[], &[v])),
             "value_floats" => Some(from_f32(name, &[a.floats.len()], &a.floats)),

@@ -44,8 +44,7 @@ impl Writer<'_> {
                 return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
             };
             let layout = if rows { Layout::Rows } else { Layout::Columns };
-            let settings = &self.plan.settings;
-            let weight = quantize(tensor, layout, settings.per_channel, settings.algorithm, None, &[])?;
+            let weight = quantize(tensor, layout, self.plan.settings.weights, None, &[])?;
             let dims: Vec<usize> = tensor.dims.iter().map(|&d| d.max(0) as usize).collect();
             let (weight_codes, dims) = match rows && !conv {
                 true => (transpose(&weight.codes, dims[0], dims[1]), vec![dims[1], dims[0]]),

@@ -167,8 +167,7 @@ impl Writer<'_> {
             return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
         };
         let importance = self.importance(node, tensor);
-        let settings = &self.plan.settings;
-        let weight = quantize(tensor, layout, settings.per_channel, settings.algorithm, importance.as_deref(), least)?;
+        let weight = quantize(tensor, layout, self.plan.settings.weights, importance.as_deref(), least)?;
         let key = (tensor.name().to_owned(), axis);
         let to = match written.get(&key) {
             Some((same, name)) if *same == weight => name.clone(),

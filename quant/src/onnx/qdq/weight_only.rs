@@ -45,7 +45,7 @@ impl Writer<'_> {
                 importance: None,
                 seed: 0,
             };
-            let quantized = (algorithm(self.plan.settings.algorithm)?.run)(&input)?;
+            let quantized = (algorithm(self.plan.settings.weights.algorithm)?.run)(&input)?;
             let groups = k.div_ceil(group);
             let middle = 1u8 << (bits - 1);
             let mut packed = Vec::with_capacity(n * groups * group * usize::from(bits) / 8);
