@@ -1,7 +1,8 @@
 //! ONNX models as onnxruntime sees them: folding and export leave the function as it was, and what a plan calls integer
 //! is integer in the graph that onnxruntime runs.
 
-use crate::assets::{asset, oracle, repository};
+use crate::assets::{asset, repository};
+use crate::fetched::oracle;
 use crate::small::{constant, model, node, numbers};
 use nibble_models::graph::{GraphRunner, Rten, Tensor, Values, fold_model, inputs};
 use nibble_models::vision::calibrate::{CalibrateOptions, calibrate, equalize_channels};
@@ -134,6 +135,9 @@ fn finish(mut model: Model) -> Model {
     model
 }
 
+/// A model's name, the model, how it is quantized, and how many of which operators onnxruntime makes of it.
+type Fused = (&'static str, Model, Settings, &'static [(&'static str, u64)]);
+
 #[test]
 fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
     let place = tempfile::tempdir().unwrap();
@@ -142,7 +146,7 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
     let dynamic = Settings { mode: Mode::Dynamic, ..Settings::default() };
     let packed = |bits| Settings { mode: Mode::WeightOnly { bits, group: 32 }, ..Settings::default() };
     // The model, how, and which operators must be there how often; Conv, MatMul and Gemm in float must not.
-    let cases: Vec<(&str, Model, Settings, &[(&str, u64)])> = vec![
+    let cases: Vec<Fused> = vec![
         (
             "cnn",
             cnn(),

@@ -6,6 +6,8 @@ mod file;
 mod fold;
 #[path = "onnx/graph.rs"]
 mod graph;
+#[path = "onnx/interpreter.rs"]
+mod interpreter;
 #[path = "onnx/qdq.rs"]
 mod qdq;
 #[path = "onnx/small.rs"]

@@ -99,7 +99,15 @@ pub fn quantize(
         scale: ScaleFormat::Float(FloatFormat::F32),
         outliers: OutlierSpec::None,
     };
-    let input = AlgoInput { name: tensor.name(), weight: &values, shape: sides, spec: &spec, importance, seed: 0 };
+    let input = AlgoInput {
+        name: tensor.name(),
+        weight: &values,
+        shape: sides,
+        spec: &spec,
+        importance,
+        calibrated: None,
+        seed: 0,
+    };
     let quantized = (algorithm(name)?.run)(&input)?;
     let ScaleData::Float(scales) = &quantized.scales else {
         return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));

@@ -1,6 +1,7 @@
 //! Folding leaves the function as it was, and says where every node went.
 
-use crate::small::{constant, model, node, numbers, ops, run, value};
+use crate::interpreter::{ops, run};
+use crate::small::{constant, model, node, numbers, value};
 use nibble_quant::onnx::fold::{Computed, fold, freeze};
 use nibble_quant::onnx::proto::*;
 use nibble_quant::onnx::tensor::{from_f32, from_i64};
@@ -18,8 +19,11 @@ fn norm(input: &str, output: &str) -> NodeProto {
     node("BatchNormalization", &[input, "g", "o", "m", "v"], output).with(AttributeProto::new_float("epsilon", 1e-3))
 }
 
+/// A layer's name, nodes, constants, and the shape of its input.
+type Layer = (&'static str, Vec<NodeProto>, Vec<TensorProto>, Vec<i64>);
+
 /// Layers by name, each from `x` to `y` with weights `w` and, if wanted, a bias `b`.
-fn layers(bias: bool) -> Vec<(&'static str, Vec<NodeProto>, Vec<TensorProto>, Vec<i64>)> {
+fn layers(bias: bool) -> Vec<Layer> {
     let inputs: &[&str] = if bias { &["x", "w", "b"] } else { &["x", "w"] };
     let b = || if bias { vec![constant("b", &[N], 9)] } else { Vec::new() };
     let with = |w: TensorProto| [vec![w], b()].concat();

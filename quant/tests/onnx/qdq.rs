@@ -1,6 +1,7 @@
 //! Plans and what becomes of them: who computes in integers, in which form, and with which numbers.
 
-use crate::small::{constant, model, node, numbers, ops, run};
+use crate::interpreter::{ops, run};
+use crate::small::{constant, model, node, numbers};
 use nibble_quant::Range;
 use nibble_quant::observer::{IntGrid, IntType};
 use nibble_quant::onnx::plan::{Clip, Decision, Kind};

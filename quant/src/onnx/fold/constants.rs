@@ -276,7 +276,7 @@ fn types<'a>(graph: &Graph<'a>, constant: &HashSet<usize>) -> HashMap<&'a str, D
         };
         let Some(ty) = ty else { continue };
         for (slot, name) in node.output.iter().enumerate().filter(|(_, n)| !n.is_empty()) {
-            let second = node.is("TopK") && slot == 1 || node.is("MaxPool") && slot == 1;
+            let second = slot == 1 && (node.is("TopK") || node.is("MaxPool"));
             types.insert(name, if second { DataType::Int64 } else { ty });
         }
     }

@@ -43,6 +43,7 @@ impl Writer<'_> {
                 shape: sides,
                 spec: &spec,
                 importance: None,
+                calibrated: None,
                 seed: 0,
             };
             let quantized = (algorithm(self.plan.settings.weights.algorithm)?.run)(&input)?;
