@@ -3,14 +3,14 @@
 
 use crate::assets::{asset, repository};
 use crate::fetched::oracle;
-use crate::small::{constant, model, node, numbers};
+use crate::small::{constant, model, node, numbers, value};
 use nibble_models::graph::{GraphRunner, Rten, Tensor, Values, fold_model, inputs};
 use nibble_models::vision::calibrate::{CalibrateOptions, calibrate, equalize_channels};
 use nibble_models::vision::data::{Data, DataOptions};
 use nibble_models::vision::export::export;
 use nibble_models::vision::picture::preprocess;
 use nibble_quant::observer::{IntGrid, IntType, choose};
-use nibble_quant::onnx::proto::*;
+use nibble_quant::onnx::proto::{AttributeProto, NodeProto};
 use nibble_quant::onnx::tensor::from_f32;
 use nibble_quant::onnx::{External, Mode, Model, Settings, fold, plan, qdq};
 use serde_json::Value;
@@ -103,7 +103,7 @@ fn cnn() -> Model {
         from_f32("zero", &[], &[0.0]),
         from_f32("six", &[], &[6.0]),
     ];
-    finish(model(nodes, constants, ("x", &[1, 3, 8, 8]), &["logits"]))
+    finish(model(nodes, constants, ("x", &[1, 3, 8, 8]), &["logits"]), &[1, 10])
 }
 
 /// Two linear layers with a Relu between, over an input of this shape; MatMul and Add, or Gemm.
@@ -122,16 +122,14 @@ fn mlp(dims: &[i64], gemm: bool) -> Model {
         constant("w2", &[64, 16], 3),
         constant("b2", &[16], 4),
     ];
-    finish(model(nodes, constants, ("x", dims), &["y"]))
+    let out = [&dims[..dims.len() - 1], &[16]].concat();
+    finish(model(nodes, constants, ("x", dims), &["y"]), &out)
 }
 
-/// onnxruntime wants a version it knows and typed outputs.
-fn finish(mut model: Model) -> Model {
-    model.proto.ir_version = Some(8);
-    for output in &mut model.graph_mut().output {
-        let tensor = TensorType { elem_type: Some(DataType::Float as i32), shape: None };
-        output.r#type = Some(TypeProto { value: Some(TypeValue::Tensor(tensor)), denotation: None });
-    }
+/// onnx's checker wants outputs with types.
+fn finish(mut model: Model, dims: &[i64]) -> Model {
+    let outputs = &mut model.graph_mut().output;
+    *outputs = outputs.iter().map(|output| value(output.name(), dims)).collect();
     model
 }
 
@@ -142,7 +140,9 @@ type Fused = (&'static str, Model, Settings, &'static [(&'static str, u64)]);
 fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
-    let u8s = Settings::default();
+    // 7 bits: what a processor without VNNI saturates is not the question here.
+    let mut u8s = Settings::default();
+    u8s.weights.bits = 7;
     let dynamic = Settings { mode: Mode::Dynamic, ..Settings::default() };
     let packed = |bits| Settings { mode: Mode::WeightOnly { bits, group: 32 }, ..Settings::default() };
     // The model, how, and which operators must be there how often; Conv, MatMul and Gemm in float must not.
@@ -178,7 +178,7 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
         let compared =
             onnxruntime(&["compare", a.to_str().unwrap(), b.to_str().unwrap(), data.to_str().unwrap()]).unwrap();
         let db = 10.0 * (compared["signal"].as_f64().unwrap() / compared["noise"].as_f64().unwrap()).log10();
-        // 8 bits of uniform values are about 48 dB; several layers, min-max ranges and 4-bit weights cost theirs.
+        // 7 and 8 bits of uniform values are 40 to 48 dB; several layers, min-max ranges and 4-bit weights cost theirs.
         let least = if name.starts_with('4') { 12.0 } else { 25.0 };
         assert!(db > least, "{name}: {db:.1} dB");
     }
@@ -266,7 +266,7 @@ fn efficientnet_is_exported_and_folds_to_the_same_function() {
     for keep in [0, 14, 15, 100, 42_486, 47_000, 50_000, bytes.len() / 2, bytes.len() - 1] {
         let cut = place.path().join("cut.pth");
         std::fs::write(&cut, &bytes[..keep]).unwrap();
-        let error = export(&cut, 224).unwrap_err().to_string();
+        let error = export(&cut, 224).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains("cut.pth"), "{keep} bytes: {error}");
     }
 }

@@ -3,7 +3,7 @@
 use super::{GraphRunner, Input, Tensor, Values, inputs};
 use crate::{ModelError, Result};
 use nibble_quant::onnx::file::MAX_PROTOBUF;
-use nibble_quant::onnx::proto::{ModelProto, ValueInfoProto};
+use nibble_quant::onnx::proto::{AttributeProto, GraphProto, ModelProto, ValueInfoProto};
 use nibble_quant::onnx::{External, Model};
 use prost::Message;
 use rten::{ModelOptions, RunOptions, ThreadPool, Value, ValueOrView, ValueView};
@@ -29,7 +29,10 @@ impl Rten {
     /// An operator that rten doesn't have, by its node, or a graph that it can't load.
     pub fn new(model: &Model, kept: &[String], threads: usize) -> Result<Rten> {
         let mut proto = model.proto.clone();
+        // The version is how rten tells ONNX from other files.
+        proto.ir_version.get_or_insert(8);
         let graph = proto.graph.get_or_insert_default();
+        spell_out_strides(graph);
         for name in kept {
             if !graph.output.iter().any(|o| o.name() == name) {
                 graph.output.push(ValueInfoProto { name: Some(name.clone()), ..Default::default() });
@@ -43,6 +46,18 @@ impl Rten {
         };
         let pool = Arc::new(ThreadPool::with_num_threads(threads.max(1)));
         Ok(Rten { model: loaded, inputs: inputs(model), pool })
+    }
+}
+
+/// Convolutions get the strides that ONNX lets them leave out where they leave out the kernel's shape too: rten asks for
+/// one of the two.
+fn spell_out_strides(graph: &mut GraphProto) {
+    let ranks: HashMap<&str, usize> = graph.initializer.iter().map(|t| (t.name(), t.dims.len())).collect();
+    for node in graph.node.iter_mut().filter(|n| n.is("Conv") || n.is("ConvTranspose")) {
+        let rank = ranks.get(node.arg(1)).copied().unwrap_or(0);
+        if rank > 2 && node.attr("strides").is_none() {
+            node.attribute.push(AttributeProto::new_ints("strides", &vec![1; rank - 2]));
+        }
     }
 }
 

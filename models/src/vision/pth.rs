@@ -72,7 +72,9 @@ pub fn read(path: &Path) -> Result<Weights> {
         let Some(places) = wanted.get(key.as_str()) else {
             // Only counters aren't float: 64-bit integers.
             let skipped = std::io::copy(&mut file.by_ref().take(count * 8), &mut std::io::sink());
-            skipped.map_err(ModelError::io(path))?;
+            if skipped.map_err(ModelError::io(path))? != count * 8 {
+                return Err(damaged(format!("storage `{key}` ends early")));
+            }
             continue;
         };
         let mut raw = Vec::new();

@@ -37,6 +37,7 @@ pub fn model(nodes: Vec<NodeProto>, constants: Vec<TensorProto>, input: (&str, &
         ..Default::default()
     };
     let mut model = Model::default();
+    model.proto.ir_version = Some(8);
     model.proto.graph = Some(graph);
     model.import("", 17);
     Graph::new(model.graph()).unwrap();

@@ -137,8 +137,12 @@ pub(super) fn prune(graph: &Graph) -> Result<Step> {
     Ok(step)
 }
 
-/// Operators whose result isn't a function of their inputs' values, or that must stay: they are what is quantized.
-const KEPT: [&str; 10] = [
+/// Operators whose result isn't a function of their inputs' values, or that must stay: because they are what is
+/// quantized, or because engines don't agree on how to interpolate.
+const KEPT: [&str; 13] = [
+    "Resize",
+    "Upsample",
+    "GridSample",
     "QuantizeLinear",
     "DequantizeLinear",
     "RandomNormal",
