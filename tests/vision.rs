@@ -143,7 +143,7 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
     // 7 bits: what a processor without VNNI saturates is not the question here.
     let mut u8s = Settings::default();
     u8s.weights.bits = 7;
-    let dynamic = Settings { mode: Mode::Dynamic, ..Settings::default() };
+    let dynamic = Settings { mode: Mode::Dynamic, ..u8s.clone() };
     let packed = |bits| Settings { mode: Mode::WeightOnly { bits, group: 32 }, ..Settings::default() };
     // The model, how, and which operators must be there how often; Conv, MatMul and Gemm in float must not.
     let cases: Vec<Fused> = vec![
@@ -153,12 +153,12 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
             u8s.clone(),
             &[("QLinearConv", 4), ("QLinearAdd", 1), ("QLinearGlobalAveragePool", 1), ("QGemm", 1)],
         ),
-        ("gemms", mlp(&[2, 32], true), u8s.clone(), &[("QGemm", 2)]),
-        ("products of rank 2", mlp(&[2, 32], false), u8s.clone(), &[("QGemm", 2)]),
+        ("gemms", mlp(&[1, 32], true), u8s.clone(), &[("QGemm", 2)]),
+        ("products of rank 2", mlp(&[1, 32], false), u8s.clone(), &[("QGemm", 2)]),
         ("products of rank 3", mlp(&[1, 5, 32], false), u8s.clone(), &[("MatMulIntegerToFloat", 2)]),
         ("products of rank 4", mlp(&[1, 2, 5, 32], false), u8s, &[("MatMulIntegerToFloat", 2)]),
         ("dynamic products", mlp(&[1, 5, 32], false), dynamic.clone(), &[("DynamicQuantizeMatMul", 2)]),
-        ("dynamic gemms", mlp(&[2, 32], true), dynamic, &[("DynamicQuantizeMatMul", 2)]),
+        ("dynamic gemms", mlp(&[1, 32], true), dynamic, &[("DynamicQuantizeMatMul", 2)]),
         ("4-bit weights", mlp(&[1, 5, 32], false), packed(4), &[("MatMulNBits", 2)]),
         ("8-bit weights", mlp(&[1, 5, 32], false), packed(8), &[("MatMulNBits", 2)]),
     ];

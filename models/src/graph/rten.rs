@@ -32,7 +32,7 @@ impl Rten {
         // The version is how rten tells ONNX from other files.
         proto.ir_version.get_or_insert(8);
         let graph = proto.graph.get_or_insert_default();
-        spell_out_strides(graph);
+        spell_out_kernels(graph);
         for name in kept {
             if !graph.output.iter().any(|o| o.name() == name) {
                 graph.output.push(ValueInfoProto { name: Some(name.clone()), ..Default::default() });
@@ -49,14 +49,20 @@ impl Rten {
     }
 }
 
-/// Convolutions get the strides that ONNX lets them leave out where they leave out the kernel's shape too: rten asks for
-/// one of the two.
-fn spell_out_strides(graph: &mut GraphProto) {
-    let ranks: HashMap<&str, usize> = graph.initializer.iter().map(|t| (t.name(), t.dims.len())).collect();
+/// Convolutions get the kernel's shape where they leave it to their weights, as ONNX lets them: rten counts dimensions
+/// by it.
+fn spell_out_kernels(graph: &mut GraphProto) {
+    let mut shapes: HashMap<String, Vec<i64>> =
+        graph.initializer.iter().map(|t| (t.name().to_owned(), t.dims.clone())).collect();
+    for node in graph.node.iter().filter(|n| n.is("DequantizeLinear")) {
+        if let Some(dims) = shapes.get(node.arg(0)).cloned() {
+            shapes.insert(node.out().to_owned(), dims);
+        }
+    }
     for node in graph.node.iter_mut().filter(|n| n.is("Conv") || n.is("ConvTranspose")) {
-        let rank = ranks.get(node.arg(1)).copied().unwrap_or(0);
-        if rank > 2 && node.attr("strides").is_none() {
-            node.attribute.push(AttributeProto::new_ints("strides", &vec![1; rank - 2]));
+        let dims = shapes.get(node.arg(1)).filter(|_| node.attr("kernel_shape").is_none());
+        if let Some([_, _, kernel @ ..]) = dims.map(Vec::as_slice) {
+            node.attribute.push(AttributeProto::new_ints("kernel_shape", kernel));
         }
     }
 }
