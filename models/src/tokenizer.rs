@@ -205,18 +205,30 @@ impl Tokenizer {
     }
 }
 
-/// Refuses what the `tokenizers` crate would panic on: text that isn't JSON, and the one normalizer that it unwraps.
+/// Refuses what the `tokenizers` crate would panic on: text that isn't JSON, the one normalizer that it unwraps, and
+/// templates that name special tokens they don't define.
 fn check_json(bytes: &[u8]) -> Result<(), String> {
     let value: Value = serde_json::from_slice(bytes).map_err(|e| format!("not JSON: {e}"))?;
-    let normalizer = &value["normalizer"];
-    let steps = normalizer["normalizers"].as_array().map_or(std::slice::from_ref(normalizer), Vec::as_slice);
-    match steps.iter().any(|step| step["type"] == "Precompiled") {
-        true => {
-            Err("normalizer `Precompiled`, which language models with byte-level or BPE vocabularies don't use"
-                .to_owned())
-        }
-        false => Ok(()),
+    let steps = |whole: &'static str, steps: &'static str| {
+        let step = &value[whole];
+        step[steps].as_array().map_or(std::slice::from_ref(step), Vec::as_slice)
+    };
+    if steps("normalizer", "normalizers").iter().any(|step| step["type"] == "Precompiled") {
+        let why = "normalizer `Precompiled`, which language models with byte-level or BPE vocabularies don't use";
+        return Err(why.to_owned());
     }
+    for step in steps("post_processor", "processors") {
+        for template in [&step["single"], &step["pair"]] {
+            for piece in template.as_array().into_iter().flatten() {
+                if let Some(id) = piece["SpecialToken"]["id"].as_str()
+                    && step["special_tokens"].get(id).is_none()
+                {
+                    return Err(format!("post-processor: template names `{id}`, which its special_tokens lack"));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The text of a special token, which is written as a string or as an object with `content`.

@@ -300,6 +300,14 @@ fn a_damaged_tokenizer_is_refused_and_named() {
         json!({"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": 5}]});
     let error = Tokenizer::from_json(Path::new("t"), value.to_string().as_bytes()).unwrap_err().to_string();
     assert!(error.contains("Precompiled"), "{error}");
+    let mut value = byte_level("smollm").to_files().unwrap().tokenizer;
+    let template = json!({"type": "TemplateProcessing", "pair": [], "special_tokens": {},
+        "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]});
+    for processor in [template.clone(), json!({"type": "Sequence", "processors": [template]})] {
+        value["post_processor"] = processor;
+        let error = Tokenizer::from_json(Path::new("t"), value.to_string().as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("`<bos>`"), "{error}");
+    }
     assert!(decoder(json!({"type": "WordPiece", "prefix": "##", "cleanup": true})).contains("WordPiece"));
 
     let folder = tempfile::tempdir().unwrap();
