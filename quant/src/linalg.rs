@@ -143,7 +143,7 @@ impl Panels {
     }
 }
 
-/// tile[c][r] += sign * sum over steps t of broad[t][c] * vector[t][r].
+/// `tile[c][r] += sign * sum over steps t of broad[t][c] * vector[t][r]`.
 #[inline(always)]
 fn accumulate<S: Simd, const SUBTRACT: bool>(s: S, tile: &mut [f32], broad: &[f32], vector: &[f32]) {
     let (broad, vector) = (broad.as_chunks::<LANES>().0, vector.as_chunks::<LANES>().0);
@@ -247,9 +247,9 @@ pub struct Feedback {
     pub order: Vec<u32>,
     /// What was added to the diagonal.
     pub damping: f32,
-    /// (panels) each (padded width - 16 * panel, 16): row b - 16 * panel, lane a has L[b][a] / L[a][a].
+    /// (panels) each (padded width - 16 * panel, 16): row b - 16 * panel, lane a has `L[b][a] / L[a][a]`.
     panels: Vec<Vec<f32>>,
-    /// (padded width) L[a][a]^2.
+    /// (padded width) `L[a][a]^2`.
     pivots: Vec<f32>,
 }
 
