@@ -148,6 +148,6 @@ impl<S: Simd, D: Decode> Inner<S> for Float<'_, D> {
 
 static ZEROS: [f32; BLOCK] = [0.0; BLOCK];
 
-fn table(levels: &Levels) -> [f32; 16] {
+pub(super) fn table(levels: &Levels) -> [f32; 16] {
     std::array::from_fn(|code| levels.value(code as u8))
 }

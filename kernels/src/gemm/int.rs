@@ -35,7 +35,7 @@ pub(super) fn linear4<S: Simd, const MR: usize>(tile: &Tile) {
 /// The kernel for 4-bit codes through a table: the narrow one where there is one and levels allow it.
 pub(super) fn table4<S: Simd, const MR: usize>(tile: &Tile) {
     match &tile.weight.body {
-        Body::Grid(grid) if S::MULTIPLIES && Narrow4::fits(grid) => run::<S, Narrow4, MR>(tile),
+        Body::Grid(grid) if S::MULTIPLIES && grid.narrow => run::<S, Narrow4, MR>(tile),
         _ => run::<S, Table4, MR>(tile),
     }
 }
@@ -68,7 +68,7 @@ impl<C: Codes, const MR: usize> SimdOp for Run<'_, C, MR> {
         for panel in tile.panels.clone() {
             scratch.fill(s, grid, panel, S::MULTIPLIES);
             for zero in scratch.zeros.as_flattened_mut() {
-                *zero = twice(-(*zero + C::shift::<S>()));
+                *zero = twice(C::ORIGIN - C::Sum::bias::<S>() - *zero);
             }
             let table = C::table(s, &grid.levels);
             let packed: &[[u8; BYTES]] = &grid.codes.as_chunks().0[panel * blocks * C::LINES..][..blocks * C::LINES];

@@ -21,6 +21,8 @@ pub(super) struct Scratch {
     pub(super) mins: Vec<[f32; LANES]>,
     /// Decoded codes of some blocks.
     pub(super) lines: Vec<[u8; BYTES]>,
+    #[cfg(target_arch = "x86_64")]
+    pub(super) tiles: super::tiles::TileScratch,
     /// (rows, 16): sums of the blocks so far.
     pub(super) sums: Vec<[f32; LANES]>,
 }

@@ -10,7 +10,7 @@ use super::tensor::{floats, tensor_error};
 use crate::algo::{AlgoInput, algorithm};
 use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
-use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, ScaleData, ScaleFormat, Zero};
+use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QTensor, QuantSpec, ScaleData, ScaleFormat, Zero};
 
 /// Where a weight's output channels are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +77,21 @@ pub struct Rounding {
     pub algorithm: &'static str,
 }
 
+/// Codes and scales of a weight's [`rows`] by an algorithm; `importance` weighs the values of a channel.
+///
+/// # Errors
+/// An unknown algorithm, or values that aren't finite.
+pub(super) fn codes(
+    tensor: &TensorProto,
+    (shape, weight): ([usize; 2], &[f32]),
+    spec: &QuantSpec,
+    name: &str,
+    importance: Option<&[f32]>,
+) -> Result<QTensor> {
+    let input = AlgoInput { name: tensor.name(), weight, shape, spec, importance, calibrated: None, seed: 0 };
+    (algorithm(name)?.run)(&input)
+}
+
 /// Quantizes a weight. `importance` weighs the values of a channel; `least`
 /// is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
 ///
@@ -99,16 +114,7 @@ pub fn quantize(
         scale: ScaleFormat::Float(FloatFormat::F32),
         outliers: OutlierSpec::None,
     };
-    let input = AlgoInput {
-        name: tensor.name(),
-        weight: &values,
-        shape: sides,
-        spec: &spec,
-        importance,
-        calibrated: None,
-        seed: 0,
-    };
-    let quantized = (algorithm(name)?.run)(&input)?;
+    let quantized = codes(tensor, (sides, &values), &spec, name, importance)?;
     let ScaleData::Float(scales) = &quantized.scales else {
         return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));
     };
