@@ -104,6 +104,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Whether dot products are multiplied by a 16-bit integer on the way, which costs nothing where sums of 16 bits are
     /// widened by a multiplication anyway.
     const MULTIPLIES: bool;
+    /// Panels whose sums fit in registers together, for a few activation rows.
+    const PANELS: usize = 1;
 
     /// 16 single-precision numbers.
     type F32: Copy;

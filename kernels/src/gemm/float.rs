@@ -43,7 +43,7 @@ impl Decode for Linear8 {
 /// The kernel for codes `D`, `MR` rows at a time.
 pub(super) fn run<S: Simd, D: Decode, const MR: usize>(tile: &Tile) {
     if let (Some(s), Body::Grid(grid)) = (S::new(), &tile.weight.body) {
-        Scratch::with(|scratch| s.vectorize(Run::<D, MR> { tile, grid, scratch, decode: PhantomData }));
+        Scratch::with(|[scratch, _]| s.vectorize(Run::<D, MR> { tile, grid, scratch, decode: PhantomData }));
     }
 }
 

@@ -70,9 +70,9 @@ macro_rules! gemm {
     };
 }
 
-/// All kernels of an instruction set with `$mr` activation rows in registers, and those for single rows.
+/// All kernels of an instruction set, with `$int` rows of bytes or `$mr` float rows in registers, and those for single rows.
 macro_rules! gemms {
-    ($($(#[$when:meta])* $isa:ident $isa_word:literal, $mr:literal;)*) => {
+    ($($(#[$when:meta])* $isa:ident $isa_word:literal, $int:literal, $mr:literal;)*) => {
         /// Every kernel, widest instruction set first.
         pub static GEMMS: &[GemmKernel] = &[
             #[cfg(target_arch = "x86_64")] gemm!(W4Lin "w4lin", Bf16 "bf16", 32, Amx "amx", tiles::codes4),
@@ -81,11 +81,11 @@ macro_rules! gemms {
             #[cfg(target_arch = "x86_64")] gemm!(W8 "w8", Bf16 "bf16", 32, Amx "amx", tiles::codes8),
         $(
             $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", 1, $isa $isa_word, int::linear4::<$isa, 1>),
-            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", $mr, $isa $isa_word, int::linear4::<$isa, $mr>),
+            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", $int, $isa $isa_word, int::linear4::<$isa, $int>),
             $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", 1, $isa $isa_word, int::table4::<$isa, 1>),
-            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $mr, $isa $isa_word, int::table4::<$isa, $mr>),
+            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $int, $isa $isa_word, int::table4::<$isa, $int>),
             $(#[$when])* gemm!(W8 "w8", I8 "i8", 1, $isa $isa_word, int::linear8::<$isa, 1>),
-            $(#[$when])* gemm!(W8 "w8", I8 "i8", $mr, $isa $isa_word, int::linear8::<$isa, $mr>),
+            $(#[$when])* gemm!(W8 "w8", I8 "i8", $int, $isa $isa_word, int::linear8::<$isa, $int>),
             $(#[$when])* gemm!(W4Lin "w4lin", F32 "f32", 1, $isa $isa_word, float::run::<$isa, float::Linear4, 1>),
             $(#[$when])* gemm!(W4Lin "w4lin", F32 "f32", $mr, $isa $isa_word, float::run::<$isa, float::Linear4, $mr>),
             $(#[$when])* gemm!(W4Tab "w4tab", F32 "f32", 1, $isa $isa_word, float::run::<$isa, float::Table4, 1>),
@@ -105,8 +105,8 @@ macro_rules! gemms {
 }
 
 gemms! {
-    #[cfg(target_arch = "x86_64")] Avx512 "avx512", 8;
-    #[cfg(target_arch = "x86_64")] AvxVnni "avxvnni", 4;
-    #[cfg(target_arch = "x86_64")] Avx2 "avx2", 4;
-    Scalar "scalar", 4;
+    #[cfg(target_arch = "x86_64")] Avx512 "avx512", 8, 8;
+    #[cfg(target_arch = "x86_64")] AvxVnni "avxvnni", 4, 4;
+    #[cfg(target_arch = "x86_64")] Avx2 "avx2", 4, 4;
+    Scalar "scalar", 4, 4;
 }

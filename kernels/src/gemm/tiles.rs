@@ -15,6 +15,7 @@ use crate::act::pair;
 use crate::simd::{Amx, Avx512, BYTES, Simd, SimdOp, TILE_ROWS, TileLines};
 use crate::weight::{Body, Grid};
 use bytemuck::Zeroable;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Blocks that are decoded at a time: 32 KiB of two panels.
@@ -26,11 +27,15 @@ const LINES8: usize = 8;
 
 /// Buffers that a thread uses for task after task.
 #[derive(Default)]
-pub(super) struct TileScratch {
+struct Buffers {
     /// Decoded blocks of two panels.
     decoded: [Vec<TileLines>; 2],
     /// (panels, tiles) sums of the blocks so far, and one to spare.
     sums: Vec<TileLines>,
+}
+
+thread_local! {
+    static TILES: RefCell<Buffers> = RefCell::default();
 }
 
 /// The kernel for 4-bit codes, evenly spaced or through a table.
@@ -45,7 +50,9 @@ pub(super) fn codes8(tile: &Tile) {
 
 fn run<const LINES: usize>(tile: &Tile) {
     if let (Some(amx), Some(s), Body::Grid(grid)) = (Amx::new(), Avx512::new(), &tile.weight.body) {
-        Scratch::with(|scratch| s.vectorize(Run::<LINES> { tile, grid, scratch, amx }));
+        Scratch::with(|[scratch, _]| {
+            TILES.with_borrow_mut(|tiles| s.vectorize(Run::<LINES> { tile, grid, scratch, buffers: tiles, amx }));
+        });
     }
 }
 
@@ -53,6 +60,7 @@ struct Run<'a, const LINES: usize> {
     tile: &'a Tile<'a>,
     grid: &'a Grid,
     scratch: &'a mut Scratch,
+    buffers: &'a mut Buffers,
     amx: Amx,
 }
 
@@ -61,11 +69,11 @@ impl<const LINES: usize> SimdOp for Run<'_, LINES> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let Run { tile, grid, scratch, amx } = self;
+        let Run { tile, grid, scratch, buffers: Buffers { decoded, sums }, amx } = self;
         let blocks = tile.x.blocks();
         let tiles = tile.rows.len().div_ceil(TILE_ROWS);
         let spare = tile.panels.len() * tiles;
-        scratch.tiles.sums.resize(spare + 1, TileLines::zeroed());
+        sums.resize(spare + 1, TileLines::zeroed());
         let mut first = 0;
         // Once even without any block.
         while first == 0 || first < blocks {
@@ -74,9 +82,8 @@ impl<const LINES: usize> SimdOp for Run<'_, LINES> {
                 let two = panel + 1 < tile.panels.end;
                 for side in 0..=usize::from(two) {
                     scratch.fill(s, grid, panel + side, false);
-                    decode::<S, LINES>(s, grid, scratch, (panel + side, blocks), slab.clone(), side);
+                    decode::<S, LINES>(s, grid, scratch, (panel + side, blocks), slab.clone(), &mut decoded[side]);
                 }
-                let TileScratch { decoded, sums } = &mut scratch.tiles;
                 let b = [&decoded[0][..slab.len()], &decoded[usize::from(two)][..slab.len()]];
                 for at in (0..tiles).step_by(2) {
                     // A missing second tile or panel is multiplied as if it were the first, for nothing.
@@ -105,7 +112,6 @@ impl<const LINES: usize> SimdOp for Run<'_, LINES> {
             }
             first += SLAB;
         }
-        let sums = &scratch.tiles.sums;
         for at in 0..tile.rows.len() {
             for panel in 0..tile.panels.len() {
                 let line = &sums[panel * tiles + at / TILE_ROWS].0[at % TILE_ROWS];
@@ -120,13 +126,12 @@ impl<const LINES: usize> SimdOp for Run<'_, LINES> {
 fn decode<S: Simd, const LINES: usize>(
     s: S,
     grid: &Grid,
-    scratch: &mut Scratch,
+    scratch: &Scratch,
     (panel, blocks): (usize, usize),
     slab: Range<usize>,
-    side: usize,
+    decoded: &mut Vec<TileLines>,
 ) {
-    let Scratch { numbers, zeros, mins, factor, tiles, .. } = scratch;
-    let decoded = &mut tiles.decoded[side];
+    let Scratch { numbers, zeros, mins, factor, .. } = scratch;
     decoded.resize(slab.len(), TileLines::zeroed());
     let lines: &[[[u8; BYTES]; LINES]] = grid.codes.as_chunks().0.as_chunks().0;
     let table = s.load(&float::table(&grid.levels));
