@@ -318,9 +318,9 @@ pub fn unquantized_weights_are_multiplied_in_single_precision<G: Gpu>(device: De
                 let (wanted, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
                 assert!((f64::from(*found) - wanted).abs() <= (k as f64 + 8.0) * EPS * size, "{found}, {wanted}");
             }
-            let indices = cuda.indices(2).unwrap();
+            let mut indices = cuda.indices(2).unwrap();
             let mut looked_up = cuda.rows(2, k).unwrap();
-            cuda.embed(&weight, &[n as u32 - 1, 0], &indices, 0.5, &mut looked_up).unwrap();
+            cuda.embed(&weight, &[n as u32 - 1, 0], &mut indices, 0.5, &mut looked_up).unwrap();
             let found = cuda.read_rows(&looked_up, 0..2).unwrap();
             let wanted = exact[(n - 1) * k..].iter().chain(&exact[..k]).map(|w| (w * 0.5) as f32);
             assert!(found.iter().copied().eq(wanted), "embedding of {n} x {k}");
@@ -335,9 +335,9 @@ pub fn embeddings_are_the_rows_that_products_read<G: Gpu>(device: Device<G>) {
             let weight = weight(&mut random(at as u64), kind, n, k, group);
             let on_device = cuda.weight(&weight.packed).unwrap();
             let tokens: Vec<u32> = (0..n as u32).rev().collect();
-            let indices = cuda.indices(n).unwrap();
+            let mut indices = cuda.indices(n).unwrap();
             let mut out = cuda.rows(n, k).unwrap();
-            cuda.embed(&on_device, &tokens, &indices, 2.0, &mut out).unwrap();
+            cuda.embed(&on_device, &tokens, &mut indices, 2.0, &mut out).unwrap();
             let found = cuda.read_rows(&out, 0..n).unwrap();
             for (i, found) in found.iter().enumerate() {
                 let at = (n - 1 - i / k) * k + i % k;
@@ -358,9 +358,9 @@ pub fn unfit_products_are_refused<G: Gpu>(device: Device<G>) {
     assert!(cuda.multiply(&rows(64), 2, &weight, None, false, &mut rows(15)).is_err());
     assert!(cuda.multiply(&rows(64), 3, &weight, None, false, &mut rows(16)).is_err());
     assert!(cuda.multiply(&rows(64), 2, &weight, Some(&vector), false, &mut rows(16)).is_err());
-    let indices = cuda.indices(2).unwrap();
-    assert!(cuda.embed(&weight, &[16], &indices, 1.0, &mut rows(64)).is_err(), "a token past the last");
-    assert!(cuda.embed(&weight, &[1, 2, 3], &indices, 1.0, &mut rows(64)).is_err(), "more than there is room for");
+    let mut indices = cuda.indices(2).unwrap();
+    assert!(cuda.embed(&weight, &[16], &mut indices, 1.0, &mut rows(64)).is_err(), "a token past the last");
+    assert!(cuda.embed(&weight, &[1, 2, 3], &mut indices, 1.0, &mut rows(64)).is_err(), "more than there is room for");
 }
 
 /// Bank conflicts and sectors don't depend on a device's speed, so they are checked here: a product reads its codes in
