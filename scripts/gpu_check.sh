@@ -98,7 +98,7 @@ run() {
     fi
     local random="${TMPDIR:-/tmp}/nibble-1b"
     part "a random model of 1B" synth.log sh -c "[ -d $random-int4 ] || { '$folder/nibble' synth -o $random --like llama-1b \
-        && '$folder/nibble' quantize $random -o $random-int4 --scheme int4 --algorithm rtn; }"
+        && '$folder/nibble' quantize $random -o $random-int4 --scheme int4 --effort fast; }"
     part "its speed" bench.log "$folder/nibble" bench "$random-int4" --device cuda -p 512 -n 128 -r 3 --parallel 1,8
     cat "$out/bench.log" | grep -v "^$" | tail -n 7
     part "products" products.log "$folder/speed" "$out/products.json"

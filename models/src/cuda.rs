@@ -9,8 +9,8 @@ use crate::cpu::pack_dense;
 use crate::error::{ModelError, Result};
 use nibble_kernels::KernelError;
 use nibble_kernels::cuda::{
-    CacheKind, CacheShape, Cuda, CudaAttention, DeviceCache, DeviceIndices, DeviceProduct, DeviceRope, DeviceRows, DeviceTable,
-    DeviceMemory, DeviceVector, DeviceWeight, Gpu, Place,
+    CacheKind, CacheShape, Cuda, CudaAttention, DeviceCache, DeviceIndices, DeviceMemory, DeviceProduct, DeviceRope,
+    DeviceRows, DeviceTable, DeviceVector, DeviceWeight, Gpu, Place,
 };
 use nibble_kernels::ops::math::Function;
 use nibble_kernels::ops::{self, RopeTable};

@@ -170,8 +170,11 @@ impl Driver {
         work: impl FnOnce() -> Result<(), KernelError>,
     ) -> Result<Vec<f64>, KernelError> {
         self.work.flush()?;
-        work()?;
-        let graph = self.work.queue().take_graph(&self.work.stream)?;
+        self.work.queue().hold();
+        let worked = work();
+        let graph = self.work.queue().take_graph(&self.work.stream);
+        worked?;
+        let graph = graph?;
         let context = self.work.stream.context();
         let event = || context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(refusal("an event"));
         let (start, end) = (event()?, event()?);
@@ -219,8 +222,8 @@ impl Driver {
         self.work.bind()?;
         let is_programmatic = self.capability >= PROGRAMMATIC;
         let text_here: Cow<'static, str> = if is_programmatic { programmatic(text).into() } else { text.into() };
-        let image =
-            CString::new(&*text_here).map_err(|_| KernelError::Cuda { why: format!("{name}: PTX with a zero byte") })?;
+        let image = CString::new(&*text_here)
+            .map_err(|_| KernelError::Cuda { why: format!("{name}: PTX with a zero byte") })?;
         // SAFETY: the image is a C string of PTX that outlives the call.
         let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }.map_err(refusal(name))?;
         loaded.modules.push(Module(module));

@@ -304,9 +304,9 @@ impl<G: Gpu> Cuda<G> {
             Stored::F32(_) | Stored::F16(_) | Stored::Bf16(_) => return Ok(None),
         };
         let alike = |other: &DeviceProduct<'_, G::Memory>| match (&first.weight.stored, &other.weight.stored) {
-            (Stored::W4(a), Stored::W4(b)) | (Stored::W4Table(a), Stored::W4Table(b)) | (Stored::W8(a), Stored::W8(b)) => {
-                a.is_alike(b)
-            }
+            (Stored::W4(a), Stored::W4(b))
+            | (Stored::W4Table(a), Stored::W4Table(b))
+            | (Stored::W8(a), Stored::W8(b)) => a.is_alike(b),
             _ => false,
         };
         let count = others.iter().take(2).take_while(|other| alike(other)).count();
