@@ -170,11 +170,8 @@ impl Driver {
         work: impl FnOnce() -> Result<(), KernelError>,
     ) -> Result<Vec<f64>, KernelError> {
         self.work.flush()?;
-        self.work.queue().hold();
-        let worked = work();
-        let graph = self.work.queue().take_graph(&self.work.stream);
-        worked?;
-        let graph = graph?;
+        work()?;
+        let graph = self.work.queue().take_graph(&self.work.stream)?;
         let context = self.work.stream.context();
         let event = || context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(refusal("an event"));
         let (start, end) = (event()?, event()?);

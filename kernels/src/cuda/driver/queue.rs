@@ -15,10 +15,10 @@ use std::sync::Arc;
 
 /// Fewer launches are not worth a graph.
 const LEAST: usize = 4;
-/// More are not kept back: the device shall have something to do while the host collects the rest of a token.
-const MOST: usize = 40;
+/// More are not kept back.
+const MOST: usize = 4096;
 /// Graphs that are kept.
-const GRAPHS: usize = 64;
+const GRAPHS: usize = 16;
 /// Sequences that are remembered to have come once.
 const SEEN: usize = 64;
 
@@ -72,12 +72,8 @@ impl Graph {
 #[derive(Default)]
 pub(super) struct Queue {
     waiting: Sequence,
-    graphs: Vec<(Sequence, Graph)>,
-    /// The graph after the one that was launched last: mostly they come in the same order.
-    next: usize,
+    graphs: VecDeque<(Sequence, Graph)>,
     seen: VecDeque<u64>,
-    /// How many launches are kept back, if it is another number.
-    most: Option<usize>,
     /// Why launches failed that nobody was there to be told about.
     failed: Option<KernelError>,
 }
@@ -92,8 +88,11 @@ impl Queue {
     ) -> Result<(), KernelError> {
         let at = self.waiting.arguments.len();
         let bytes = launch.arguments();
-        self.waiting.arguments.resize(at + bytes.len().div_ceil(8), 0);
-        bytemuck::cast_slice_mut(&mut self.waiting.arguments[at..])[..bytes.len()].copy_from_slice(bytes);
+        self.waiting.arguments.extend(bytes.chunks(8).map(|chunk| {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            u64::from_ne_bytes(word)
+        }));
         self.waiting.launches.push(Recorded {
             function,
             name: launch.kernel(),
@@ -102,7 +101,7 @@ impl Queue {
             shared: launch.shared(),
             at,
         });
-        if self.waiting.launches.len() >= self.most.unwrap_or(MOST) { self.flush(stream) } else { Ok(()) }
+        if self.waiting.launches.len() >= MOST { self.flush(stream) } else { Ok(()) }
     }
 
     /// Gives everything to the driver.
@@ -130,14 +129,8 @@ impl Queue {
         }
     }
 
-    /// Keeps back everything until [`Queue::take_graph`].
-    pub(super) fn hold(&mut self) {
-        self.most = Some(usize::MAX);
-    }
-
     /// Everything that waits as a graph, which is not started.
     pub(super) fn take_graph(&mut self, stream: &Arc<CudaStream>) -> Result<Graph, KernelError> {
-        self.most = None;
         let waiting = std::mem::take(&mut self.waiting);
         graph_of(stream, &waiting)
     }
@@ -146,11 +139,8 @@ impl Queue {
         if waiting.launches.len() < LEAST {
             return launch_all(stream, waiting);
         }
-        let is_next = self.graphs.get(self.next).is_some_and(|(sequence, _)| sequence == waiting);
-        let known = if is_next { Some(self.next) } else { self.graphs.iter().position(|(known, _)| known == waiting) };
-        if let Some(at) = known {
-            self.next = if at + 1 < self.graphs.len() { at + 1 } else { 0 };
-            return self.graphs[at].1.launch();
+        if let Some((_, graph)) = self.graphs.iter().find(|(sequence, _)| sequence == waiting) {
+            return graph.launch();
         }
         let mut hasher = DefaultHasher::new();
         waiting.hash(&mut hasher);
@@ -165,12 +155,11 @@ impl Queue {
         let graph = graph_of(stream, waiting)?;
         graph.launch()?;
         if self.graphs.len() == GRAPHS {
-            // They may still be running.
-            stream.synchronize().map_err(refusal("waiting for graphs"))?;
-            self.graphs.clear();
+            // It may still be running.
+            stream.synchronize().map_err(refusal("waiting for a graph"))?;
+            self.graphs.pop_front();
         }
-        self.graphs.push((waiting.clone(), graph));
-        self.next = 0;
+        self.graphs.push_back((waiting.clone(), graph));
         Ok(())
     }
 }
