@@ -3,6 +3,7 @@
 //! run on this machine's GPU as well, if it has one.
 
 mod attention;
+mod fused;
 mod linear;
 mod model;
 mod rows;
@@ -43,6 +44,7 @@ macro_rules! laws {
 
 laws! {
     linear::products_of_few_rows_are_sums_in_double_precision,
+    linear::products_of_few_rows_with_very_many_outputs,
     linear::products_of_many_rows_are_sums_in_double_precision,
     linear::a_long_prompt_and_parts_of_k,
     linear::hostile_rows_of_activations_keep_their_magnitude,
@@ -56,6 +58,10 @@ laws! {
     rows::selected_rows_are_copies,
     attention::attention_is_softmax_of_scores_times_values,
     attention::unfit_caches_are_refused,
+    fused::products_together_are_products_apart,
+    fused::norms_and_gates_leave_rows_ready_for_products,
+    fused::rows_that_change_are_made_ready_again,
+    fused::turning_and_appending_at_once_is_both,
     model::a_tiny_model_of_each_family_speaks_as_on_the_cpu,
     model::every_way_to_store_weights_and_keys_speaks_as_on_the_cpu,
     model::only_the_choice_comes_back_from_the_device,

@@ -20,6 +20,9 @@ use run::{ALLOCATION, Run};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
 
+/// Bytes of shared memory that a block has at most on the smallest device (compute capability 8.6), asked for at launch.
+const MOST_SHARED: usize = 99 << 10;
+
 /// The interpreter.
 pub struct Machine {
     kernels: HashMap<String, Kernel>,
@@ -124,7 +127,7 @@ impl Gpu for Machine {
             return Err(cuda(format!("{name} takes up to {} threads, got {}", kernel.max_threads, launch.threads())));
         }
         let [_, y, z] = launch.grid();
-        if y > 65535 || z > 65535 || kernel.shared + launch.shared() as usize > 48 << 10 {
+        if y > 65535 || z > 65535 || kernel.shared + launch.shared() as usize > MOST_SHARED {
             return Err(cuda(format!("{name}: grid {:?} with {} bytes shared", launch.grid(), launch.shared())));
         }
         let mut state = self.state();

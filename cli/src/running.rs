@@ -115,20 +115,33 @@ impl Running {
     }
 }
 
-/// Loads a model with its tokenizer on a GPU.
+/// The first GPU.
 #[cfg(feature = "cuda")]
-pub fn load_on_gpu(
-    session: &Session,
-    checkpoint: &str,
-) -> Result<Speaker<nibble_models::cuda::CudaBackend<nibble_kernels::cuda::driver::Driver>>> {
-    let path = crate::hub::checkpoint(session, checkpoint)?;
-    let start = Instant::now();
+pub type GpuBackend = nibble_models::cuda::CudaBackend<nibble_kernels::cuda::driver::Driver>;
+
+/// Opens the first GPU and says which it is.
+#[cfg(feature = "cuda")]
+pub fn open_gpu(session: &Session) -> Result<GpuBackend> {
     let driver = nibble_kernels::cuda::driver::Driver::open(0)?;
     session.remark(format!("on {}", driver.name()?));
-    let backend = nibble_models::cuda::CudaBackend::new(nibble_kernels::cuda::Cuda::new(driver)?)?;
-    let model = Model::load_with(&path, backend)?;
+    Ok(nibble_models::cuda::CudaBackend::new(nibble_kernels::cuda::Cuda::new(driver)?)?)
+}
+
+/// Loads a model with its tokenizer on a GPU.
+#[cfg(feature = "cuda")]
+pub fn load_on_gpu(session: &Session, checkpoint: &str) -> Result<Speaker<GpuBackend>> {
+    let path = crate::hub::checkpoint(session, checkpoint)?;
+    let start = Instant::now();
+    let model = Model::load_with(&path, open_gpu(session)?)?;
     let tokenizer = model.tokenizer()?;
     Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
+}
+
+/// What a build without CUDA says to `--device cuda`.
+#[cfg(not(feature = "cuda"))]
+pub fn without_cuda() -> anyhow::Error {
+    let why = "this nibble was built without CUDA; build it with `cargo build --release --features cuda`";
+    crate::failure::Usage(why.to_string()).into()
 }
 
 /// How tokens are chosen and when an answer ends.

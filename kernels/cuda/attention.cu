@@ -28,10 +28,9 @@ struct Append {
     const Row* rows;
 };
 
-// A warp writes one head of one row: block x is the row, block y the head, block z keys or values.
-template <int KIND> DEVICE void append(const Append& p) {
-    u32 head = blockIdx.y, head_dim = p.layer.head_dim, pairs = head_dim / 2;
-    bool is_key = blockIdx.z == 0;
+// A warp writes one head of a row's keys or values; block x is the row.
+template <int KIND> DEVICE void append(const Append& p, u32 head, bool is_key) {
+    u32 head_dim = p.layer.head_dim, pairs = head_dim / 2;
     const Row& row = p.rows[blockIdx.x];
     const float* x = (is_key ? p.keys : p.values) + ((u64)blockIdx.x * p.layer.kv_heads + head) * head_dim;
     u64 place = (u64)head * p.layer.capacity + row.position;
@@ -71,9 +70,43 @@ template <int KIND> DEVICE void append(const Append& p) {
     }
 }
 
-KERNEL __launch_bounds__(32) append_f32(const Append p) { append<CACHE_F32>(p); }
-KERNEL __launch_bounds__(32) append_f16(const Append p) { append<CACHE_F16>(p); }
-KERNEL __launch_bounds__(32) append_int8(const Append p) { append<CACHE_INT8>(p); }
+struct RopeAppend {
+    Append append;
+    float* q;         // (rows, heads, head_dim)
+    float* k;         // the keys that are appended
+    const float* cos; // (positions, half)
+    const float* sin;
+    u32 heads;
+    u32 half; // pairs of a head that turn
+};
+
+// Turns queries and keys in place, values d and d + half of a head together, and appends keys and values. A warp a head of
+// a row: block x is the row, block y first the query heads, then keys' and values' heads.
+template <int KIND> DEVICE void rope_append(const RopeAppend& p) {
+    u32 head_dim = p.append.layer.head_dim, kv_heads = p.append.layer.kv_heads, head = blockIdx.y;
+    bool is_query = head < p.heads, is_value = head >= p.heads + kv_heads;
+    if (!is_value) {
+        u64 at = is_query ? (u64)blockIdx.x * p.heads + head : (u64)blockIdx.x * kv_heads + (head - p.heads);
+        float* x = (is_query ? p.q : p.k) + at * head_dim;
+        u32 turn = p.append.rows[blockIdx.x].position * p.half;
+        for (u32 d = lane_id(); d < p.half; d += 32) {
+            float a = x[d], b = x[d + p.half], c = p.cos[turn + d], s = p.sin[turn + d];
+            x[d] = fmaf(-b, s, a * c);
+            x[d + p.half] = fmaf(a, s, b * c);
+        }
+        if (is_query) return;
+        __syncthreads(); // the other lanes' numbers
+    }
+    append<KIND>(p.append, is_value ? head - p.heads - kv_heads : head - p.heads, !is_value);
+}
+
+KERNEL __launch_bounds__(32) rope_append_f32(const RopeAppend p) { start(), rope_append<CACHE_F32>(p); }
+KERNEL __launch_bounds__(32) rope_append_f16(const RopeAppend p) { start(), rope_append<CACHE_F16>(p); }
+KERNEL __launch_bounds__(32) rope_append_int8(const RopeAppend p) { start(), rope_append<CACHE_INT8>(p); }
+
+KERNEL __launch_bounds__(32) append_f32(const Append p) { start(), append<CACHE_F32>(p, blockIdx.y, blockIdx.z == 0); }
+KERNEL __launch_bounds__(32) append_f16(const Append p) { start(), append<CACHE_F16>(p, blockIdx.y, blockIdx.z == 0); }
+KERNEL __launch_bounds__(32) append_int8(const Append p) { start(), append<CACHE_INT8>(p, blockIdx.y, blockIdx.z == 0); }
 
 struct Attend {
     CacheLayer layer;
@@ -231,12 +264,13 @@ template <int KIND> DEVICE void attend(const Attend& p) {
     }
 }
 
-KERNEL __launch_bounds__(128, 4) attend_f32(const Attend p) { attend<CACHE_F32>(p); }
-KERNEL __launch_bounds__(128, 4) attend_f16(const Attend p) { attend<CACHE_F16>(p); }
-KERNEL __launch_bounds__(128, 4) attend_int8(const Attend p) { attend<CACHE_INT8>(p); }
+KERNEL __launch_bounds__(128, 4) attend_f32(const Attend p) { start(), attend<CACHE_F32>(p); }
+KERNEL __launch_bounds__(128, 4) attend_f16(const Attend p) { start(), attend<CACHE_F16>(p); }
+KERNEL __launch_bounds__(128, 4) attend_int8(const Attend p) { start(), attend<CACHE_INT8>(p); }
 
 // A row's chunks together; block x is the head, block y the row.
 KERNEL __launch_bounds__(128) attend_merge(const Attend p) {
+    start();
     u32 head_dim = p.layer.head_dim, head = blockIdx.x, row = blockIdx.y, part_len = head_dim + 2;
     const float* parts = p.partial + ((u64)row * p.chunks * p.heads + head) * part_len;
     u64 next = (u64)p.heads * part_len;

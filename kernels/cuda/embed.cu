@@ -44,7 +44,9 @@ template <int CODES> DEVICE void embed(const Embed& p) {
             code = words[quad * 4 + s * 2 + e / 2] >> (8 * (row / 8 * 2 + e % 2)) & 255;
         } else {
             u64 quad = ((u64)tile * weight.units + unit) * 32 + lane;
-            code = words[quad * 4 + h * 2 + s] >> (4 * (row / 8 + e / 2 * 2 + e % 2 * 4)) & 15;
+            u32 pair = row / 8 + e / 2 * 2; // of the four that a word has
+            u32 nibble = CODES == CODES_W4_TABLE ? pair * 2 + e % 2 : pair + e % 2 * 4;
+            code = words[quad * 4 + h * 2 + s] >> (4 * nibble) & 15;
         }
         u32 group = divide(k / 32, weight.group_magic);
         float level;
@@ -63,9 +65,9 @@ template <int CODES> DEVICE void embed(const Embed& p) {
     add_outliers(p.outliers, token, p.factor, out);
 }
 
-KERNEL __launch_bounds__(256) embed_w4(const Embed p) { embed<CODES_W4>(p); }
-KERNEL __launch_bounds__(256) embed_w4_table(const Embed p) { embed<CODES_W4_TABLE>(p); }
-KERNEL __launch_bounds__(256) embed_w8(const Embed p) { embed<CODES_W8>(p); }
+KERNEL __launch_bounds__(256) embed_w4(const Embed p) { start(), embed<CODES_W4>(p); }
+KERNEL __launch_bounds__(256) embed_w4_table(const Embed p) { start(), embed<CODES_W4_TABLE>(p); }
+KERNEL __launch_bounds__(256) embed_w8(const Embed p) { start(), embed<CODES_W8>(p); }
 
 // An unquantized weight (n, k) and a product with it.
 struct Dense {
@@ -124,12 +126,12 @@ template <typename T> DEVICE void embed_dense(const Dense& p) {
         p.out[(u64)blockIdx.x * p.k + k] = dense_value(weight, row + k) * p.factor;
 }
 
-KERNEL __launch_bounds__(256) dense_f32(const Dense p) { dense<float>(p); }
-KERNEL __launch_bounds__(256) dense_f16(const Dense p) { dense<Half>(p); }
-KERNEL __launch_bounds__(256) dense_bf16(const Dense p) { dense<Bf16>(p); }
-KERNEL __launch_bounds__(256) embed_f32(const Dense p) { embed_dense<float>(p); }
-KERNEL __launch_bounds__(256) embed_f16(const Dense p) { embed_dense<Half>(p); }
-KERNEL __launch_bounds__(256) embed_bf16(const Dense p) { embed_dense<Bf16>(p); }
+KERNEL __launch_bounds__(256) dense_f32(const Dense p) { start(), dense<float>(p); }
+KERNEL __launch_bounds__(256) dense_f16(const Dense p) { start(), dense<Half>(p); }
+KERNEL __launch_bounds__(256) dense_bf16(const Dense p) { start(), dense<Bf16>(p); }
+KERNEL __launch_bounds__(256) embed_f32(const Dense p) { start(), embed_dense<float>(p); }
+KERNEL __launch_bounds__(256) embed_f16(const Dense p) { start(), embed_dense<Half>(p); }
+KERNEL __launch_bounds__(256) embed_bf16(const Dense p) { start(), embed_dense<Bf16>(p); }
 
 struct OutlierProduct {
     Outliers outliers;
@@ -141,6 +143,7 @@ struct OutlierProduct {
 
 // out += x * outliers^T; a warp an output, block y a token.
 KERNEL __launch_bounds__(256) outliers_add(const OutlierProduct p) {
+    start();
     u32 row = blockIdx.x * 8 + warp_id();
     if (row >= p.n) return;
     const float* x = p.x + (u64)blockIdx.y * p.k;

@@ -6,6 +6,7 @@
 //   codes    [tile][unit][1 or 2][32 lanes][16 bytes]
 //   lane 4i+j, half h of the unit, step s: rows i and i+8, k = 64 unit + 32 h + 8 j + 4 s + {0, 1, 2, 3}
 //   4 bits   one word a step: nibbles 0, 4 = row i, k + {0, 1};  1, 5 = row i+8;  2, 6 = row i, k + {2, 3};  3, 7 = row i+8
+//   a table  one word a step: bytes row i, k + {0, 1};  row i+8;  row i, k + {2, 3};  row i+8
 //   8 bits   two words a step: row i, k + {0, 1}, row i+8, k + {0, 1};  the same with k + {2, 3}
 //   numbers  [tile][group][8] pairs of (row i, row i+8)
 //
@@ -46,6 +47,16 @@ struct Weight {
     float zero; // ZERO_CONST
 };
 
+// Another weight of the same kind and K that is multiplied with the same activations in the same launch.
+struct Also {
+    const Quad* codes;
+    Numbers scales;
+    const float* bias; // (n) or null
+    float* out;        // (m, n)
+    u32 n;
+    u32 first; // its first block; ~0 if there is no such weight
+};
+
 struct Product {
     Weight weight;
     const u16* x;        // (m, 64 units) halves, each row times a power of two
@@ -57,6 +68,7 @@ struct Product {
     u32 accumulate;
     u32 split_units; // units of one part of K
     u32 splits;
+    Also also[2];
 };
 
 // The numbers of rows i and i+8 of a tile.
@@ -120,12 +132,10 @@ template <int CODES> DEVICE void levels_of(u32 (&a)[4], u32 q0, u32 q1, const Ze
         u32 hi_first = look_up(weight.table_hi, low_bits, above_first);
         u32 lo_second = look_up(weight.table_lo, low_bits >> 16, above_second);
         u32 hi_second = look_up(weight.table_hi, low_bits >> 16, above_second);
-        u32 first01 = bytes_of(lo_first, hi_first, 0x5140), first23 = bytes_of(lo_first, hi_first, 0x7362);
-        u32 second01 = bytes_of(lo_second, hi_second, 0x5140), second23 = bytes_of(lo_second, hi_second, 0x7362);
-        a[0] = bytes_of(first01, second01, 0x5410);
-        a[1] = bytes_of(first01, second01, 0x7632);
-        a[2] = bytes_of(first23, second23, 0x5410);
-        a[3] = bytes_of(first23, second23, 0x7632);
+        a[0] = bytes_of(lo_first, hi_first, 0x5140);
+        a[1] = bytes_of(lo_first, hi_first, 0x7362);
+        a[2] = bytes_of(lo_second, hi_second, 0x5140);
+        a[3] = bytes_of(lo_second, hi_second, 0x7362);
     }
 }
 
@@ -161,11 +171,17 @@ DEVICE void add_minimums(float (&sums)[4], const Quad& x, const FloatPair& min) 
     add_scaled(sums, sum, min);
 }
 
+// Where outputs go.
+struct Target {
+    const float* bias;
+    float* out;
+    u32 n;
+};
+
 // One output from its whole sum.
-DEVICE void write_output(const Product& p, u32 token, u32 row, float sum) {
-    u32 n = p.weight.n;
+DEVICE void write_output(const Product& p, const Target& target, u32 token, u32 row, float sum) {
     float y = sum * p.factor[token];
-    if (p.bias) y += p.bias[row];
-    float* out = p.out + (u64)token * n + row;
+    if (target.bias) y += target.bias[row];
+    float* out = target.out + (u64)token * target.n + row;
     *out = p.accumulate ? *out + y : y;
 }

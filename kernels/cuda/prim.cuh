@@ -102,6 +102,30 @@ DEVICE u32 shared_address(const void* p) {
     return (u32)d;
 }
 
+// Four words of memory that no kernel writes while this one runs and that no other thread of the processor wants.
+DEVICE Quad load_once(const Quad* from) {
+    Quad d;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+                 : "l"(from));
+    return d;
+}
+
+// A kernel may start while the one before it still runs (programmatic launch, compute capability 9.0). Until it has
+// waited it may read what was written long ago, weights that is, and must write nothing. Where the device can't, both
+// lines mean nothing and the kernel starts when the one before has ended: the driver module turns the pragmas into
+// instructions.
+DEVICE void wait_for_previous() { asm volatile(".pragma \"griddepcontrol.wait\";" ::: "memory"); }
+
+// The next kernel may start once every block has said this or ended; its wait is for this kernel's end all the same.
+DEVICE void let_next_start() { asm volatile(".pragma \"griddepcontrol.launch_dependents\";" ::: "memory"); }
+
+// How a kernel begins that asks for nothing before it may.
+DEVICE void start() {
+    let_next_start();
+    wait_for_previous();
+}
+
 // Starts copying 16 bytes to shared memory; with `bytes` 0 they become zeros and nothing is read.
 DEVICE void copy_async(u32 to, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");

@@ -10,25 +10,88 @@ struct Pack {
     u32 units;
 };
 
-// Rows in half precision, each times the power of two that brings its largest magnitude into 8192..16384: no row is too
-// large for halves, and values 2^-27 of the largest still count.
+// A power of two and its reciprocal.
+struct Power {
+    float power, reciprocal;
+};
+
+// The one that brings a row's largest magnitude into 8192..16384: no row is too large for halves, and values 2^-27 of the
+// largest still count.
+DEVICE Power power_for(float most) {
+    int exponent = (int)(__float_as_uint(most) >> 23);
+    int shift = exponent == 255 ? 0 : min(140 - exponent, 126);
+    Power p;
+    p.power = __uint_as_float((u32)(127 + shift) << 23);
+    p.reciprocal = __uint_as_float((u32)(127 - shift) << 23);
+    return p;
+}
+
+// Rows in half precision, each times its power of two.
 KERNEL __launch_bounds__(256) pack_rows(const Pack p) {
+    start();
     __shared__ float scratch[8];
     u32 row = blockIdx.x;
     const float* x = p.x + (u64)row * p.width;
     float most = 0.0f;
     for (u32 k = threadIdx.x; k < p.width; k += 256) most = larger(most, magnitude(x[k]));
-    most = block_max(most, scratch);
-    int exponent = (int)(__float_as_uint(most) >> 23);
-    int shift = exponent == 255 ? 0 : min(140 - exponent, 126);
-    float power = __uint_as_float((u32)(127 + shift) << 23);
+    Power power = power_for(block_max(most, scratch));
     u32* out = (u32*)p.out + (u64)row * p.units * 32;
     for (u32 pair = threadIdx.x; pair < p.units * 32; pair += 256) {
-        float lo = 2 * pair < p.width ? x[2 * pair] * power : 0.0f;
-        float hi = 2 * pair + 1 < p.width ? x[2 * pair + 1] * power : 0.0f;
+        float lo = 2 * pair < p.width ? x[2 * pair] * power.power : 0.0f;
+        float hi = 2 * pair + 1 < p.width ? x[2 * pair + 1] * power.power : 0.0f;
         out[pair] = half2_of(lo, hi);
     }
-    if (threadIdx.x == 0) p.factor[row] = __uint_as_float((u32)(127 - shift) << 23);
+    if (threadIdx.x == 0) p.factor[row] = power.reciprocal;
+}
+
+// A row in registers: four numbers a thread, READS times. Rows have whole fours, at most READS * 4096 numbers.
+static const int READS = 4;
+
+struct RowPart {
+    float v[READS][4];
+};
+
+DEVICE RowPart row_of(const float* x, u32 width) {
+    RowPart part;
+#pragma unroll
+    for (u32 r = 0; r < READS; r++) {
+        u32 at = (r * blockDim.x + threadIdx.x) * 4;
+        Quad q = {0, 0, 0, 0};
+        if (at < width) q = *(const Quad*)(x + at);
+        part.v[r][0] = __uint_as_float(q.x);
+        part.v[r][1] = __uint_as_float(q.y);
+        part.v[r][2] = __uint_as_float(q.z);
+        part.v[r][3] = __uint_as_float(q.w);
+    }
+    return part;
+}
+
+// Leaves a row as it is and in half precision, times its power of two.
+DEVICE void leave(const RowPart& part, float* out, u16* halves, float* factor, u32 width, u32 units, float* scratch) {
+    float most = 0.0f;
+#pragma unroll
+    for (u32 r = 0; r < READS; r++)
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) most = larger(most, magnitude(part.v[r][e]));
+    Power power = power_for(block_max(most, scratch));
+    struct __align__(8) Halves {
+        u32 lo, hi;
+    };
+#pragma unroll
+    for (u32 r = 0; r < READS; r++) {
+        u32 at = (r * blockDim.x + threadIdx.x) * 4;
+        const float* v = part.v[r];
+        if (at < width) {
+            Quad q = {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])};
+            *(Quad*)(out + at) = q;
+        }
+        // Numbers past the row are zeros.
+        if (at < units * 64) {
+            Halves h = {half2_of(v[0] * power.power, v[1] * power.power), half2_of(v[2] * power.power, v[3] * power.power)};
+            *(Halves*)(halves + at) = h;
+        }
+    }
+    if (threadIdx.x == 0) *factor = power.reciprocal;
 }
 
 struct Norm {
@@ -41,6 +104,7 @@ struct Norm {
 
 // A block a row.
 KERNEL __launch_bounds__(1024) rms_norm(const Norm p) {
+    start();
     __shared__ float scratch[32];
     const float* x = p.x + (u64)blockIdx.x * p.width;
     float* out = p.out + (u64)blockIdx.x * p.width;
@@ -49,6 +113,40 @@ KERNEL __launch_bounds__(1024) rms_norm(const Norm p) {
     float mean = block_sum(sum, scratch) / (float)p.width;
     float scale = 1.0f / sqrtf(mean + p.eps);
     for (u32 k = threadIdx.x; k < p.width; k += blockDim.x) out[k] = x[k] * scale * p.gain[k];
+}
+
+struct NormPack {
+    const float* x; // (rows, width)
+    const float* gain;
+    float* out;    // (rows, width), may be x
+    u16* halves;   // (rows, 64 units)
+    float* factor; // (rows)
+    u32 width;
+    u32 units;
+    float eps;
+    u32 unused;
+};
+
+// The same for rows that a product reads next.
+KERNEL __launch_bounds__(1024) rms_norm_pack(const NormPack p) {
+    __shared__ float scratch[64];
+    u64 row = blockIdx.x;
+    let_next_start();
+    RowPart gain = row_of(p.gain, p.width);
+    wait_for_previous();
+    RowPart part = row_of(p.x + row * p.width, p.width);
+    float sum = 0.0f;
+#pragma unroll
+    for (u32 r = 0; r < READS; r++)
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) sum = fmaf(part.v[r][e], part.v[r][e], sum);
+    float mean = block_sum(sum, scratch) / (float)p.width;
+    float scale = 1.0f / sqrtf(mean + p.eps);
+#pragma unroll
+    for (u32 r = 0; r < READS; r++)
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) part.v[r][e] = part.v[r][e] * scale * gain.v[r][e];
+    leave(part, p.out + row * p.width, p.halves + row * p.units * 64, p.factor + row, p.width, p.units, scratch + 32);
 }
 
 struct Rope {
@@ -64,6 +162,7 @@ struct Rope {
 
 // A thread a pair: values d and d + half of a head.
 KERNEL __launch_bounds__(256) rope(const Rope p) {
+    start();
     u32 at = blockIdx.x * 256 + threadIdx.x;
     if (at >= p.count) return;
     u32 d = at % p.half, head = at / p.half;
@@ -83,33 +182,65 @@ struct Elements {
 
 DEVICE u64 element() { return (u64)blockIdx.x * 256 + threadIdx.x; }
 
-// x = silu(x) * y
-KERNEL __launch_bounds__(256) gate_silu(const Elements p) {
-    if (element() >= p.count) return;
-    float x = p.x[element()];
-    p.x[element()] = x / (1.0f + exp_fast(-x)) * p.y[element()];
+DEVICE float silu(float x) { return x / (1.0f + exp_fast(-x)); }
+
+// By its approximation with tanh.
+DEVICE float gelu(float x) {
+    float inner = 0.7978845608028654f * fmaf(0.044715f * x * x, x, x);
+    return 0.5f * x * (1.0f + tanh_fast(inner));
 }
 
-// x = gelu(x) * y, gelu by its approximation with tanh
-KERNEL __launch_bounds__(256) gate_gelu(const Elements p) {
-    if (element() >= p.count) return;
-    float x = p.x[element()];
-    float inner = 0.7978845608028654f * fmaf(0.044715f * x * x, x, x);
-    p.x[element()] = 0.5f * x * (1.0f + tanh_fast(inner)) * p.y[element()];
+// x = silu(x) * y
+KERNEL __launch_bounds__(256) gate_silu(const Elements p) {
+    start();
+    if (element() < p.count) p.x[element()] = silu(p.x[element()]) * p.y[element()];
 }
+
+// x = gelu(x) * y
+KERNEL __launch_bounds__(256) gate_gelu(const Elements p) {
+    start();
+    if (element() < p.count) p.x[element()] = gelu(p.x[element()]) * p.y[element()];
+}
+
+struct GatePack {
+    float* x;       // (rows, width)
+    const float* y; // (rows, width)
+    u16* halves;    // (rows, 64 units)
+    float* factor;  // (rows)
+    u32 width;
+    u32 units;
+};
+
+// The same for rows that a product reads next. A block a row.
+template <bool SILU> DEVICE void gate_pack(const GatePack& p) {
+    __shared__ float scratch[32];
+    u64 row = blockIdx.x;
+    RowPart part = row_of(p.x + row * p.width, p.width), up = row_of(p.y + row * p.width, p.width);
+#pragma unroll
+    for (u32 r = 0; r < READS; r++)
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) part.v[r][e] = (SILU ? silu(part.v[r][e]) : gelu(part.v[r][e])) * up.v[r][e];
+    leave(part, p.x + row * p.width, p.halves + row * p.units * 64, p.factor + row, p.width, p.units, scratch);
+}
+
+KERNEL __launch_bounds__(1024) gate_pack_silu(const GatePack p) { start(), gate_pack<true>(p); }
+KERNEL __launch_bounds__(1024) gate_pack_gelu(const GatePack p) { start(), gate_pack<false>(p); }
 
 // x += y
 KERNEL __launch_bounds__(256) add(const Elements p) {
+    start();
     if (element() < p.count) p.x[element()] += p.y[element()];
 }
 
 // x *= factor
 KERNEL __launch_bounds__(256) scale(const Elements p) {
+    start();
     if (element() < p.count) p.x[element()] *= p.factor;
 }
 
 // x = factor * tanh(x / factor)
 KERNEL __launch_bounds__(256) softcap(const Elements p) {
+    start();
     if (element() < p.count) p.x[element()] = p.factor * tanh_fast(p.x[element()] / p.factor);
 }
 
@@ -122,6 +253,7 @@ struct Select {
 
 // A block a row.
 KERNEL __launch_bounds__(256) select_rows(const Select p) {
+    start();
     const float* x = p.x + (u64)p.rows[blockIdx.x] * p.width;
     float* out = p.out + (u64)blockIdx.x * p.width;
     for (u32 k = threadIdx.x; k < p.width; k += 256) out[k] = x[k];
@@ -138,6 +270,7 @@ DEVICE bool is_better(float a, u32 at, float b, u32 than) { return a > b || (a =
 
 // Where a row's largest number is, the first of equals; NaN is never it. A block a row; 0xffffffff if there is none.
 KERNEL __launch_bounds__(1024) argmax(const Argmax p) {
+    start();
     __shared__ float values[32];
     __shared__ u32 places[32];
     const float* x = p.x + (u64)blockIdx.x * p.stride;

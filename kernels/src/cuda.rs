@@ -6,7 +6,7 @@
 //! touch is there, and launches.
 //!
 //! ```text
-//! a product   pack_rows: f32 rows -> halves, each row times a power of two     gemv (up to 8 rows) or gemm
+//! a product   rows -> halves, each row times a power of two (by norms and gates at once)    gemv (up to 64 rows) or gemm
 //! attention   append keys and values, attend chunk by chunk, merge chunks
 //! ```
 //! Sums are taken in an order that depends on shapes (and on the device's number of processors), never on timing.
@@ -21,6 +21,7 @@ mod weight;
 
 pub use attention::{CacheKind, CacheShape, CudaAttention, DeviceCache};
 pub use gpu::{DeviceMemory, Gpu, Launch, MODULES, Ptx};
+pub use linear::DeviceProduct;
 pub use rows::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Place};
 pub use weight::DeviceWeight;
 

@@ -161,6 +161,21 @@ pub trait Backend: Send + Sync {
         v: &Self::Buffer,
         segments: &[Segment],
     ) -> Result<()>;
+    /// [`Backend::rope`] of queries and keys and [`Backend::append`], which a device may do at once.
+    #[expect(clippy::too_many_arguments)] // three operations
+    fn rope_and_append(
+        &self,
+        caches: &mut [Self::Cache],
+        layer: usize,
+        table: &Self::Rope,
+        head_dim: usize,
+        (q, k, v): (&mut Self::Buffer, &mut Self::Buffer, &Self::Buffer),
+        segments: &[Segment],
+    ) -> Result<()> {
+        self.rope(q, table, head_dim, segments)?;
+        self.rope(k, table, head_dim, segments)?;
+        self.append(caches, layer, k, v, segments)
+    }
     /// Causal attention of each row's query heads over its sequence's cache; out is (rows, heads * head_dim).
     fn attention(
         &self,
@@ -181,6 +196,11 @@ pub trait Backend: Send + Sync {
     fn scale(&self, x: &mut Self::Buffer, factor: f32, rows: usize) -> Result<()>;
     /// `out[i] = x[rows[i]]`.
     fn select_rows(&self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
+    /// Where each row's largest of its first `width` values is, the first of equals; only that comes back from a device.
+    ///
+    /// # Errors
+    /// A row has no number among them.
+    fn argmax(&self, x: &Self::Buffer, rows: usize, width: usize) -> Result<Vec<u32>>;
     /// The rows' values as the host sees them, row-major; a copy where the device's memory is not the host's.
     fn read<'a>(&self, x: &'a Self::Buffer, rows: Range<usize>) -> Result<std::borrow::Cow<'a, [f32]>>;
     /// Forgets all positions from `length` on.

@@ -1,6 +1,6 @@
 //! Throughput as llama-bench measures it: `pp512` runs a prompt of 512 tokens, `tg128` decodes 128 tokens one by one,
-//! `@ d4096` starts from a context of 4096 tokens. Tokens are arbitrary; sampling and tokenization don't count; one
-//! run before the counted ones warms up.
+//! `@ d4096` starts from a context of 4096 tokens. Tokens are arbitrary, but the likeliest next one is looked up each time;
+//! tokenization and other sampling don't count; one run before the counted ones warms up.
 
 use crate::backend::{Backend, KvKind};
 use crate::decoder::{ContextPlan, Decoder};
@@ -98,14 +98,15 @@ pub fn run<B: Backend>(
         match test {
             Test::Prompt(tokens) => {
                 decoder.prefill(&mut cx, 0, &prompt[..tokens])?;
-                decoder.last_logits(&mut cx)?;
+                let last = cx.rows().end.saturating_sub(1);
+                decoder.likeliest(&mut cx, &[last], usize::MAX)?;
             }
             Test::Generate { tokens, .. } => {
                 let mut batch: Vec<(usize, &[u32])> = (0..sequences).map(|s| (s, &prompt[..0])).collect();
                 for i in 0..tokens {
                     batch.iter_mut().for_each(|(_, step)| *step = &prompt[i..=i]);
                     decoder.forward(&mut cx, &batch, None)?;
-                    decoder.logits(&mut cx, &rows)?;
+                    decoder.likeliest(&mut cx, &rows, usize::MAX)?;
                 }
             }
         }

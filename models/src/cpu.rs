@@ -266,6 +266,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn argmax(&self, x: &CpuBuffer, rows: usize, width: usize) -> Result<Vec<u32>> {
+        (0..rows).map(|row| crate::sample::argmax(&x.rows(row..row + 1)[..width])).collect()
+    }
+
     fn read<'a>(&self, x: &'a CpuBuffer, rows: Range<usize>) -> Result<Cow<'a, [f32]>> {
         Ok(Cow::Borrowed(x.rows(rows)))
     }

@@ -1,15 +1,16 @@
 //! [`Backend`] on a GPU: the kernels of [`nibble_kernels::cuda`] over whatever [`Gpu`] there is.
 //!
-//! Nothing waits for the device but [`Backend::read`] and [`CudaBackend::argmax`]: a forward pass is a sequence of
+//! Nothing waits for the device but [`Backend::read`] and [`Backend::argmax`]: a forward pass is a sequence of
 //! launches. Where a batch's rows stand is put on the device once a pass, when it is first asked for.
 
 use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Matrix, Segment};
 use crate::config::Activation;
 use crate::cpu::pack_dense;
 use crate::error::{ModelError, Result};
+use nibble_kernels::KernelError;
 use nibble_kernels::cuda::{
-    CacheKind, CacheShape, Cuda, CudaAttention, DeviceCache, DeviceIndices, DeviceRope, DeviceRows, DeviceTable,
-    DeviceVector, DeviceWeight, Gpu, Place,
+    CacheKind, CacheShape, Cuda, CudaAttention, DeviceCache, DeviceIndices, DeviceMemory, DeviceProduct, DeviceRope,
+    DeviceRows, DeviceTable, DeviceVector, DeviceWeight, Gpu, Place,
 };
 use nibble_kernels::ops::math::Function;
 use nibble_kernels::ops::{self, RopeTable};
@@ -24,11 +25,16 @@ const MOST_ROWS: usize = 4096;
 pub struct CudaBackend<G: Gpu> {
     cuda: Cuda<G>,
     staged: Mutex<Staged<G>>,
+    /// Where choices are left.
+    choices: Mutex<DeviceIndices<G::Memory>>,
 }
 
 /// What is put on the device for the operations of one pass.
 struct Staged<G: Gpu> {
+    /// Tokens.
     indices: DeviceIndices<G::Memory>,
+    /// Rows that are selected: mostly the same ones, so they stay there.
+    selected: DeviceIndices<G::Memory>,
     table: DeviceTable<G::Memory>,
 }
 
@@ -38,8 +44,10 @@ impl<G: Gpu> CudaBackend<G> {
     /// # Errors
     /// It has no memory for what every model needs.
     pub fn new(cuda: Cuda<G>) -> Result<CudaBackend<G>> {
-        let staged = Staged { indices: cuda.indices(MOST_ROWS)?, table: cuda.table(MOST_ROWS)? };
-        Ok(CudaBackend { cuda, staged: Mutex::new(staged) })
+        let selected = cuda.indices(MOST_ROWS)?;
+        let staged = Staged { indices: cuda.indices(MOST_ROWS)?, selected, table: cuda.table(MOST_ROWS)? };
+        let choices = Mutex::new(cuda.indices(MOST_ROWS)?);
+        Ok(CudaBackend { cuda, staged: Mutex::new(staged), choices })
     }
 
     /// The device's operations.
@@ -47,14 +55,8 @@ impl<G: Gpu> CudaBackend<G> {
         &self.cuda
     }
 
-    /// The likeliest of the first `vocabulary` tokens of each row; only the choices come back from the device.
-    ///
-    /// # Errors
-    /// There are not so many rows or tokens, or a row holds no number.
-    pub fn argmax(&self, logits: &DeviceRows<G::Memory>, rows: usize, vocabulary: usize) -> Result<Vec<u32>> {
-        let found = self.cuda.argmax(logits, rows, vocabulary, &self.staged().indices)?;
-        let none = || ModelError::Logits { why: "a row of them holds no number".to_string() };
-        found.into_iter().map(|token| token.ok_or_else(none)).collect()
+    fn choices(&self) -> MutexGuard<'_, DeviceIndices<G::Memory>> {
+        self.choices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn staged(&self) -> MutexGuard<'_, Staged<G>> {
@@ -72,6 +74,16 @@ impl<G: Gpu> CudaBackend<G> {
             (segment.position..segment.position + segment.rows.len()).filter_map(|at| cache.place(at).ok())
         });
         Ok(self.cuda.set_table(&mut staged.table, places)?)
+    }
+}
+
+/// Whether heads are as wide as the caches', which say how wide heads are.
+fn check_head<M: DeviceMemory>(caches: &[DeviceCache<M>], head_dim: usize) -> Result<()> {
+    match caches.first().map(|cache| cache.shape().head_dim) {
+        Some(found) if found != head_dim => {
+            Err(KernelError::Length { what: "a head of a cache", found, wanted: head_dim }.into())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -117,7 +129,7 @@ impl<G: Gpu> Backend for CudaBackend<G> {
     }
 
     fn embed(&self, table: &Self::Weight, tokens: &[u32], scale: f32, out: &mut Self::Buffer) -> Result<()> {
-        Ok(self.cuda.embed(table, tokens, &self.staged().indices, scale, out)?)
+        Ok(self.cuda.embed(table, tokens, &mut self.staged().indices, scale, out)?)
     }
 
     fn rms_norm(
@@ -137,10 +149,11 @@ impl<G: Gpu> Backend for CudaBackend<G> {
 
     fn linear(&self, x: &mut Self::Buffer, rows: usize, products: &mut [Linear<'_, Self>]) -> Result<()> {
         self.cuda.prepare(x, rows)?;
-        for product in products {
-            self.cuda.multiply(x, rows, product.weight, product.bias, false, product.out)?;
-        }
-        Ok(())
+        let mut products: Vec<_> = products
+            .iter_mut()
+            .map(|product| DeviceProduct { weight: product.weight, bias: product.bias, out: &mut *product.out })
+            .collect();
+        Ok(self.cuda.multiply_all(x, rows, &mut products)?)
     }
 
     fn linear_add(
@@ -176,6 +189,22 @@ impl<G: Gpu> Backend for CudaBackend<G> {
         let staged = &mut *self.staged();
         self.stage(staged, caches, segments)?;
         Ok(self.cuda.append(CudaAttention { caches, layer, table: &staged.table }, k, v)?)
+    }
+
+    fn rope_and_append(
+        &self,
+        caches: &mut [Self::Cache],
+        layer: usize,
+        table: &Self::Rope,
+        head_dim: usize,
+        (q, k, v): (&mut Self::Buffer, &mut Self::Buffer, &Self::Buffer),
+        segments: &[Segment],
+    ) -> Result<()> {
+        let staged = &mut *self.staged();
+        self.stage(staged, caches, segments)?;
+        check_head(caches, head_dim)?;
+        let at = CudaAttention { caches, layer, table: &staged.table };
+        Ok(self.cuda.rope_and_append(at, table, q, k, v)?)
     }
 
     fn attention(
@@ -216,7 +245,13 @@ impl<G: Gpu> Backend for CudaBackend<G> {
 
     fn select_rows(&self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()> {
         let wanted: Vec<u32> = rows.iter().map(|row| u32::try_from(*row).unwrap_or(u32::MAX)).collect();
-        Ok(self.cuda.select_rows(x, &wanted, &self.staged().indices, out)?)
+        Ok(self.cuda.select_rows(x, &wanted, &mut self.staged().selected, out)?)
+    }
+
+    fn argmax(&self, x: &Self::Buffer, rows: usize, width: usize) -> Result<Vec<u32>> {
+        let found = self.cuda.argmax(x, rows, width, &mut self.choices())?;
+        let none = || ModelError::Logits { why: "a row of them holds no number".to_string() };
+        found.into_iter().map(|token| token.ok_or_else(none)).collect()
     }
 
     fn read<'a>(&self, x: &'a Self::Buffer, rows: Range<usize>) -> Result<Cow<'a, [f32]>> {

@@ -268,10 +268,11 @@ impl<B: Backend> Decoder<B> {
                 b.head_norm(&mut cx.k, k_norm, c.rms_eps, rows)?;
             }
             if c.layers[i].rope {
-                b.rope(&mut cx.q, &cx.rope, c.head_dim, &cx.segments)?;
-                b.rope(&mut cx.k, &cx.rope, c.head_dim, &cx.segments)?;
+                let qkv = (&mut cx.q, &mut cx.k, &cx.v);
+                b.rope_and_append(&mut cx.caches, i, &cx.rope, c.head_dim, qkv, &cx.segments)?;
+            } else {
+                b.append(&mut cx.caches, i, &cx.k, &cx.v, &cx.segments)?;
             }
-            b.append(&mut cx.caches, i, &cx.k, &cx.v, &cx.segments)?;
             let spec = self.attention_spec(i);
             b.attention(&cx.caches, i, &cx.q, &spec, &cx.segments, &mut cx.attended)?;
             self.show(&mut tap, i, Site::Output, &cx.attended, rows, c.q_width())?;
@@ -300,6 +301,22 @@ impl<B: Backend> Decoder<B> {
 
     /// Logits of some rows of the last batch, (rows, vocabulary) row-major; at most the plan's `logit_rows`.
     pub fn logits<'a>(&self, cx: &'a mut Context<B>, rows: &[usize]) -> Result<Cow<'a, [f32]>> {
+        self.predict(cx, rows)?;
+        self.backend.read(&cx.logits, 0..rows.len())
+    }
+
+    /// The likeliest of the first `vocabulary` tokens after some rows of the last batch: what [`Decoder::logits`] would
+    /// show, but only the tokens leave the device.
+    ///
+    /// # Errors
+    /// As [`Decoder::logits`], or a row's logits are no numbers.
+    pub fn likeliest(&self, cx: &mut Context<B>, rows: &[usize], vocabulary: usize) -> Result<Vec<u32>> {
+        self.predict(cx, rows)?;
+        self.backend.argmax(&cx.logits, rows.len(), vocabulary.min(self.config.vocab_size))
+    }
+
+    /// Leaves the logits of some rows of the last batch on the device.
+    fn predict(&self, cx: &mut Context<B>, rows: &[usize]) -> Result<()> {
         if rows.len() > cx.plan.logit_rows {
             let why = format!("logits of {} rows at once, planned for {}", rows.len(), cx.plan.logit_rows);
             return Err(ModelError::Context { why });
@@ -317,7 +334,7 @@ impl<B: Backend> Decoder<B> {
         if let Some(cap) = self.config.logit_softcap {
             b.softcap(&mut cx.logits, cap, rows.len())?;
         }
-        b.read(&cx.logits, 0..rows.len())
+        Ok(())
     }
 
     /// The whole of a prompt, in chunks; the last row's logits can be asked for afterwards with

@@ -63,6 +63,12 @@ impl Default for SampleSettings {
 }
 
 impl SampleSettings {
+    /// Whether they always take the largest logit as it is.
+    pub fn takes_the_likeliest(&self) -> bool {
+        let is_free = self.repetition_penalty == 1.0 && self.frequency_penalty == 0.0 && self.presence_penalty == 0.0;
+        self.temperature == 0.0 && is_free
+    }
+
     fn check(&self) -> Result<()> {
         let rules: [(&str, f32, bool, &str); 6] = [
             ("temperature", self.temperature, self.temperature >= 0.0, "a number from 0"),

@@ -121,20 +121,20 @@ pub fn choices_are_the_first_of_the_largest<G: Gpu>(device: Device<G>) {
     x[4 * width + 1400] = -3.0;
     x[4 * width + 1499] = 5.0;
     let rows = rows_of(&cuda, &x, width);
-    let choices = cuda.indices(5).unwrap();
-    let found = cuda.argmax(&rows, 5, width, &choices).unwrap();
+    let mut choices = cuda.indices(5).unwrap();
+    let found = cuda.argmax(&rows, 5, width, &mut choices).unwrap();
     assert_eq!(found, [Some(700), Some(1499), None, Some(0), Some(1499)]);
-    assert_eq!(cuda.argmax(&rows, 5, 1450, &choices).unwrap()[4], Some(1400), "only the first 1450");
+    assert_eq!(cuda.argmax(&rows, 5, 1450, &mut choices).unwrap()[4], Some(1400), "only the first 1450");
 }
 
 pub fn selected_rows_are_copies<G: Gpu>(device: Device<G>) {
     let cuda = device(2);
     let x = numbers(&mut random(5), 4 * 300);
     let rows = rows_of(&cuda, &x, 300);
-    let indices = cuda.indices(3).unwrap();
+    let mut indices = cuda.indices(3).unwrap();
     let mut out = cuda.rows(3, 300).unwrap();
-    cuda.select_rows(&rows, &[3, 0, 3], &indices, &mut out).unwrap();
+    cuda.select_rows(&rows, &[3, 0, 3], &mut indices, &mut out).unwrap();
     let found = cuda.read_rows(&out, 0..3).unwrap();
     assert_eq!(found, [&x[900..], &x[..300], &x[900..]].concat());
-    assert!(cuda.select_rows(&rows, &[4], &indices, &mut out).is_err(), "a row that isn't there");
+    assert!(cuda.select_rows(&rows, &[4], &mut indices, &mut out).is_err(), "a row that isn't there");
 }

@@ -25,16 +25,26 @@ fn norm(cuda: &Cuda<Machine>) -> Result<(), String> {
 
 /// What a product of `m` rows says.
 fn product(cuda: &Cuda<Machine>, m: usize) -> Result<(), String> {
+    product_with(cuda, nibble_kernels::Levels::Linear4, 8, m)
+}
+
+/// The same with a table.
+fn table_product(cuda: &Cuda<Machine>, m: usize) -> Result<(), String> {
+    let levels = std::array::from_fn(|i| (i * 3) as i8);
+    product_with(cuda, nibble_kernels::Levels::Table4(levels), 0, m)
+}
+
+fn product_with(cuda: &Cuda<Machine>, levels: nibble_kernels::Levels, zero: i32, m: usize) -> Result<(), String> {
     let codes: Vec<u8> = (0..64 * 512).map(|i| (i % 16) as u8).collect();
     let scales = vec![0.5f32; 64 * 4];
     let source = nibble_kernels::WeightSource {
         n: 64,
         k: 512,
         group: 128,
-        levels: nibble_kernels::Levels::Linear4,
+        levels,
         codes: &codes,
         scales: nibble_kernels::Scales::F32(&scales),
-        zeros: nibble_kernels::Zeros::Const(8),
+        zeros: nibble_kernels::Zeros::Const(zero),
         outliers: None,
     };
     let weight = cuda.weight(&nibble_kernels::PackedWeight::pack(&source).unwrap()).unwrap();
@@ -64,6 +74,8 @@ fn what_ships_has_no_fault() {
     norm(&cuda).unwrap();
     product(&cuda, 1).unwrap();
     product(&cuda, 20).unwrap();
+    product(&cuda, 70).unwrap();
+    table_product(&cuda, 70).unwrap();
 }
 
 #[test]
@@ -71,44 +83,50 @@ fn a_missing_barrier_is_a_race() {
     let cuda = changed("rows", |text| within(text, "rms_norm", "bar.sync \t0;", "")).unwrap();
     let why = norm(&cuda).unwrap_err();
     assert!(why.contains("no barrier between") || why.contains("nobody wrote"), "{why}");
-    let cuda = changed("gemm", |text| within(text, "gemm32_w4", "bar.sync \t0;", "")).unwrap();
-    let why = product(&cuda, 20).unwrap_err();
+    for (module, entry, m) in [("gemv_w4", "gemv_w4", 1), ("gemv_w4", "gemv32_w4", 20)] {
+        let cuda = changed(module, |text| within(text, entry, "bar.sync \t0;", "")).unwrap();
+        let why = product(&cuda, m).unwrap_err();
+        assert!(why.contains("no barrier between") || why.contains("nobody wrote"), "{entry}: {why}");
+    }
+    let cuda = changed("gemm", |text| within(text, "gemm64_w4", "bar.sync \t0;", "")).unwrap();
+    let why = product(&cuda, 70).unwrap_err();
     assert!(why.contains("no barrier between") || why.contains("nobody wrote"), "{why}");
 }
 
 #[test]
 fn a_wait_too_short_reads_what_is_in_flight() {
-    for (module, entry, m, wait) in [("gemv", "gemv_w4", 1, "wait_group 3"), ("gemm", "gemm32_w4", 20, "wait_group 2")]
-    {
-        let cuda = changed(module, |text| within(text, entry, wait, "wait_group 4")).unwrap();
-        let why = product(&cuda, m).unwrap_err();
-        assert!(why.contains("in flight"), "{entry}: {why}");
-    }
+    let cuda = changed("gemm", |text| within(text, "gemm64_w4", "wait_group 0", "wait_group 1")).unwrap();
+    let why = product(&cuda, 70).unwrap_err();
+    assert!(why.contains("in flight"), "{why}");
+    let cuda = changed("gemm", |text| within(text, "gemm64_w4_table", "wait_group 1", "wait_group 2")).unwrap();
+    let why = table_product(&cuda, 70).unwrap_err();
+    assert!(why.contains("in flight"), "{why}");
 }
 
 #[test]
 fn copies_must_have_arrived_at_the_end() {
-    let cuda = changed("gemv", |text| within(text, "gemv_w4", "wait_group 0", "wait_group 9")).unwrap();
+    let entry = "gemm64_w4_table";
+    let cuda = changed("gemm", |text| within(text, entry, "wait_group 0", "wait_group 9")).unwrap();
     // The last groups are empty, so the loop's own waits are enough, unless they are gone as well.
-    assert!(product(&cuda, 1).is_ok());
+    assert!(table_product(&cuda, 70).is_ok());
     let gone = |text: &str| {
-        within(&within(text, "gemv_w4", "wait_group 0", "wait_group 9"), "gemv_w4", "wait_group 3", "wait_group 9")
+        within(&within(text, entry, "wait_group 0", "wait_group 9"), entry, "wait_group 1", "wait_group 9")
     };
-    assert!(product(&changed("gemv", gone).unwrap(), 1).is_err());
+    assert!(table_product(&changed("gemm", gone).unwrap(), 70).is_err());
 }
 
 #[test]
 fn accesses_out_of_place_and_misaligned_are_refused() {
     let past = changed("rows", |text| within(text, "rms_norm", "st.global.f32 \t[%rd", "st.global.f32 \t[3600+%rd"));
     assert!(past.is_err(), "a form of address that isn't PTX");
-    let cuda = changed("gemm", |text| within(text, "gemm32_w4", ".align 16 .b8", ".align 8 .b8")).unwrap();
-    product(&cuda, 20).unwrap();
+    let cuda = changed("gemm", |text| within(text, "gemm64_w4", ".align 16 .b8", ".align 8 .b8")).unwrap();
+    product(&cuda, 70).unwrap();
     // Another two bytes of shared memory before the tiles: 16-byte copies no longer lie on 16 bytes.
     let shift = |text: &str| {
         let mut inside = false;
         let lines = text.lines().flat_map(|line| {
             if let Some(name) = line.strip_prefix(".visible .entry ") {
-                inside = name.starts_with("gemm32_w4");
+                inside = name.starts_with("gemm64_w4");
             }
             let is_tile = inside && line.trim_start().starts_with(".shared .align 16");
             let before = is_tile.then(|| ".shared .align 2 .b8 shift[2];".to_string());
@@ -116,7 +134,7 @@ fn accesses_out_of_place_and_misaligned_are_refused() {
         });
         lines.collect::<Vec<_>>().join("\n")
     };
-    let why = product(&changed("gemm", shift).unwrap(), 20).unwrap_err();
+    let why = product(&changed("gemm", shift).unwrap(), 70).unwrap_err();
     assert!(why.contains("not aligned"), "{why}");
 }
 
@@ -151,7 +169,8 @@ fn forms_that_are_not_known_are_refused() {
 fn structs_have_the_size_that_kernels_take() {
     // A parameter of another size is refused at the launch, so each kernel must have been launched to know.
     let cuda =
-        changed("rows", |text| within(text, "rms_norm", "rms_norm_param_0[32]", "rms_norm_param_0[40]")).unwrap();
+        changed("rows", |text| within(text, "rms_norm", "rms_norm_pack_param_0[56]", "rms_norm_pack_param_0[64]"))
+            .unwrap();
     let why = norm(&cuda).unwrap_err();
     assert!(why.contains("bytes of parameters"), "{why}");
 }

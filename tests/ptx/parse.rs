@@ -518,6 +518,11 @@ fn operation(words: &[&str]) -> Result<(Op, usize), Refusal> {
                 Some(space) => (space, &rest[1..]),
                 None => (Space::Generic, rest),
             };
+            // What is said about caches changes no value.
+            let rest = match rest {
+                ["nc", "L1::no_allocate", rest @ ..] if space == Space::Global && words[0] == "ld" => rest,
+                rest => rest,
+            };
             if !matches!(rest, [] | ["v2"] | ["v4"]) {
                 return Err("access".into());
             }

@@ -5,11 +5,12 @@ use crate::failure::Stopped;
 use crate::limits::Limits;
 use crate::output::{self, Table};
 use crate::progress::Meter;
-use crate::running::{Activations, Kv};
+use crate::running::{Activations, Device, Kv};
 use crate::session::Session;
 use anyhow::Result;
 use clap::ValueEnum;
 use nibble_kernels::Pool;
+use nibble_models::backend::Backend;
 use nibble_models::bench::{self, BenchRow, Test};
 use nibble_models::decoder::ContextPlan;
 use nibble_models::{Model, ModelOptions};
@@ -55,6 +56,10 @@ pub struct Bench {
     /// How keys and values are kept
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     kv: Kv,
+    /// Where the model runs; on a GPU --threads and --activations have no effect, and bandwidth is relative to what its
+    /// memory copies
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    device: Device,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -74,48 +79,37 @@ struct Row {
     size_bytes: u64,
     parameters: u64,
     bits_per_weight: f64,
-    threads: usize,
+    device: &'static str,
+    /// None on a GPU.
+    threads: Option<usize>,
     isa: &'static str,
     activations: &'static str,
     #[serde(flatten)]
     speed: BenchRow,
-    /// Bytes of weights read a second, over the read bandwidth measured with as many threads.
+    /// Bytes of weights read a second, over the read bandwidth measured with as many threads, or a GPU's copy bandwidth.
     bandwidth_share: f64,
-    /// int8 multiply-adds a second, over the peak measured with as many threads.
-    int8_share: f64,
+    /// int8 multiply-adds a second, over the peak measured with as many threads; products on a GPU are not in int8.
+    int8_share: Option<f64>,
+}
+
+/// What a row's shares are relative to.
+#[derive(Debug, Clone, Copy)]
+enum Most {
+    Cpu(Limits),
+    /// Bytes a second that a copy reads and writes.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    Gpu(f64),
 }
 
 impl Run for Bench {
     fn run(self, session: &Session) -> Result<()> {
-        let threads: Vec<usize> = match self.threads.as_slice() {
-            [] => vec![Pool::default_threads()],
-            given => given.iter().map(|n| n.get()).collect(),
+        let rows = match self.device {
+            Device::Cpu => self.on_cpu(session)?,
+            #[cfg(feature = "cuda")]
+            Device::Cuda => self.on_gpu(session)?,
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda => return Err(crate::running::without_cuda()),
         };
-        let tests = self.tests();
-        let limits: Vec<Limits> = threads.iter().map(|threads| Limits::of(&Pool::new(*threads))).collect();
-        limits.iter().for_each(|limits| session.remark(limits.line()));
-        let meter = Meter::new(session, "bench", "tests");
-        meter.begin((tests.len() * threads.len() * self.checkpoints.len()) as u64, 0);
-        let mut rows = Vec::new();
-        'all: for checkpoint in &self.checkpoints {
-            let path = crate::hub::checkpoint(session, checkpoint)?;
-            for &limits in &limits {
-                let threads = limits.threads;
-                let options = ModelOptions { threads: Some(threads), activations: self.activations.kind() };
-                let model = Model::load(&path, &options)?;
-                for &(test, depth) in &tests {
-                    let go_on = || !session.stopped();
-                    let runs = self.repetitions.get();
-                    let speed = bench::run(model.decoder(), test, depth, runs, self.kv.kind(), go_on)?;
-                    if session.stopped() {
-                        break 'all;
-                    }
-                    meter.add_thing(&format!("{} {:.1} t/s", speed.test, speed.tokens_per_second));
-                    rows.push(self.row(&path, &model, limits, test, speed));
-                }
-            }
-        }
-        drop(meter);
         match self.output {
             _ if session.json => output::json(&rows)?,
             Format::Json => output::json(&rows)?,
@@ -127,6 +121,67 @@ impl Run for Bench {
 }
 
 impl Bench {
+    fn on_cpu(&self, session: &Session) -> Result<Vec<Row>> {
+        let threads: Vec<usize> = match self.threads.as_slice() {
+            [] => vec![Pool::default_threads()],
+            given => given.iter().map(|n| n.get()).collect(),
+        };
+        let tests = self.tests();
+        let limits: Vec<Limits> = threads.iter().map(|threads| Limits::of(&Pool::new(*threads))).collect();
+        limits.iter().for_each(|limits| session.remark(limits.line()));
+        let meter = Meter::new(session, "bench", "tests");
+        meter.begin((tests.len() * threads.len() * self.checkpoints.len()) as u64, 0);
+        let mut rows = Vec::new();
+        for checkpoint in &self.checkpoints {
+            let path = crate::hub::checkpoint(session, checkpoint)?;
+            for &limits in &limits {
+                let options = ModelOptions { threads: Some(limits.threads), activations: self.activations.kind() };
+                let model = Model::load(&path, &options)?;
+                self.measure(session, &meter, &path, &model, Most::Cpu(limits), &mut rows)?;
+            }
+        }
+        Ok(rows)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self, session: &Session) -> Result<Vec<Row>> {
+        let meter = Meter::new(session, "bench", "tests");
+        meter.begin((self.tests().len() * self.checkpoints.len()) as u64, 0);
+        let mut rows = Vec::new();
+        for checkpoint in &self.checkpoints {
+            let path = crate::hub::checkpoint(session, checkpoint)?;
+            let backend = crate::running::open_gpu(session)?;
+            let most = backend.cuda().gpu().copy_bytes_per_second()?;
+            session.remark(format!("{:.3} TB/s by copies, bytes read and bytes written", most / 1e12));
+            let model = Model::load_with(&path, backend)?;
+            self.measure(session, &meter, &path, &model, Most::Gpu(most), &mut rows)?;
+        }
+        Ok(rows)
+    }
+
+    /// All tests of one model, until the user stops them.
+    fn measure<B: Backend>(
+        &self,
+        session: &Session,
+        meter: &Meter,
+        path: &Path,
+        model: &Model<B>,
+        most: Most,
+        rows: &mut Vec<Row>,
+    ) -> Result<()> {
+        for (test, depth) in self.tests() {
+            let go_on = || !session.stopped();
+            let runs = self.repetitions.get();
+            let speed = bench::run(model.decoder(), test, depth, runs, self.kv.kind(), go_on)?;
+            if session.stopped() {
+                break;
+            }
+            meter.add_thing(&format!("{} {:.1} t/s", speed.test, speed.tokens_per_second));
+            rows.push(self.row(path, model, most, test, speed));
+        }
+        Ok(())
+    }
+
     /// Every prompt length, then every number of tokens, each at every depth.
     fn tests(&self) -> Vec<(Test, usize)> {
         let prompts = self.prompt.iter().filter(|n| **n > 0).map(|n| Test::Prompt(*n));
@@ -137,7 +192,7 @@ impl Bench {
         self.depth.iter().flat_map(|depth| all.iter().map(|test| (*test, *depth))).collect()
     }
 
-    fn row(&self, path: &Path, model: &Model, limits: Limits, test: Test, speed: BenchRow) -> Row {
+    fn row<B: Backend>(&self, path: &Path, model: &Model<B>, most: Most, test: Test, speed: BenchRow) -> Row {
         let decoder = model.decoder();
         let name =
             path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
@@ -149,16 +204,27 @@ impl Bench {
         let passes_per_second = speed.tokens_per_second / tokens_per_pass as f64;
         let bytes_per_second = passes_per_second * decoder.bytes_per_token() as f64;
         let multiply_adds_per_second = speed.tokens_per_second * decoder.multiply_adds_per_token() as f64;
+        let (device, threads, isa, activations) = match most {
+            Most::Cpu(limits) => {
+                ("cpu", Some(limits.threads), nibble_kernels::Isa::best().name(), self.activations.name())
+            }
+            Most::Gpu(_) => ("cuda", None, "ptx", "f16"),
+        };
+        let (bandwidth, int8) = match most {
+            Most::Cpu(limits) => (limits.read_bytes_per_second, Some(limits.int8_multiply_adds_per_second)),
+            Most::Gpu(copied) => (copied, None),
+        };
         Row {
             model: name,
             size_bytes: model.file_bytes(),
             parameters: model.parameters(),
             bits_per_weight: crate::classes::bits_per_weight(model.file_bytes(), model.parameters()),
-            threads: limits.threads,
-            isa: nibble_kernels::Isa::best().name(),
-            activations: self.activations.name(),
-            bandwidth_share: bytes_per_second / limits.read_bytes_per_second,
-            int8_share: multiply_adds_per_second / limits.int8_multiply_adds_per_second,
+            device,
+            threads,
+            isa,
+            activations,
+            bandwidth_share: bytes_per_second / bandwidth,
+            int8_share: int8.map(|peak| multiply_adds_per_second / peak),
             speed,
         }
     }
@@ -173,12 +239,12 @@ fn table(rows: &[Row]) -> Table {
             output::bytes(row.size_bytes),
             output::count(row.parameters),
             format!("{:.2}", row.bits_per_weight),
-            row.threads.to_string(),
+            row.threads.map_or_else(|| row.device.to_string(), |threads| threads.to_string()),
             row.speed.test.clone(),
             format!("{:.2}", row.speed.tokens_per_second),
             format!("{:.2}", row.speed.sd),
             format!("{:.1} %", row.bandwidth_share * 100.0),
-            format!("{:.1} %", row.int8_share * 100.0),
+            row.int8_share.map_or_else(|| "-".to_string(), |share| format!("{:.1} %", share * 100.0)),
         ]);
     }
     table
@@ -190,6 +256,7 @@ fn csv(rows: &[Row]) -> Table {
         "size_bytes",
         "parameters",
         "bits_per_weight",
+        "device",
         "threads",
         "isa",
         "activations",
@@ -205,14 +272,15 @@ fn csv(rows: &[Row]) -> Table {
             row.size_bytes.to_string(),
             row.parameters.to_string(),
             format!("{:.4}", row.bits_per_weight),
-            row.threads.to_string(),
+            row.device.to_string(),
+            row.threads.map_or_else(String::new, |threads| threads.to_string()),
             row.isa.to_string(),
             row.activations.to_string(),
             row.speed.test.clone(),
             format!("{:.4}", row.speed.tokens_per_second),
             format!("{:.4}", row.speed.sd),
             format!("{:.5}", row.bandwidth_share),
-            format!("{:.5}", row.int8_share),
+            row.int8_share.map_or_else(String::new, |share| format!("{share:.5}")),
         ]);
     }
     table

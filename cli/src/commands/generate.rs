@@ -54,10 +54,7 @@ impl Run for Generate {
             #[cfg(feature = "cuda")]
             Device::Cuda => self.speak(session, &crate::running::load_on_gpu(session, &self.checkpoint)?, &prompt),
             #[cfg(not(feature = "cuda"))]
-            Device::Cuda => {
-                let why = "this nibble was built without CUDA; build it with `cargo build --release --features cuda`";
-                Err(Usage(why.to_string()).into())
-            }
+            Device::Cuda => Err(crate::running::without_cuda()),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Keys and values of sequences, and attention over them; `kernels/cuda/attention.cu` says how.
 
 use super::gpu::{DeviceMemory, Gpu, Launch};
-use super::rows::{DeviceRows, DeviceTable, Place};
+use super::rows::{DeviceRope, DeviceRows, DeviceTable, Place};
 use super::{Cuda, SCRATCH, check_room, size};
 use crate::KernelError;
 use crate::ops::AttentionSpec;
@@ -15,6 +15,8 @@ const THREADS: usize = 128;
 const TILE: usize = 32;
 /// Least keys of a chunk: fewer aren't worth merging.
 const LEAST_CHUNK: usize = 64;
+/// Keys are counted in steps of this many, so that the launches of many tokens are the same.
+const SAME_FOR: usize = 256;
 /// Widest head: a block's shared memory is at most 48 KiB.
 const WIDEST: usize = 256;
 
@@ -57,6 +59,18 @@ struct AppendArgument {
     keys: u64,
     values: u64,
     rows: u64,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct RopeAppendArgument {
+    append: AppendArgument,
+    q: u64,
+    k: u64,
+    cos: u64,
+    sin: u64,
+    heads: u32,
+    half: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -152,9 +166,9 @@ pub struct CudaAttention<'a, M> {
     pub table: &'a DeviceTable<M>,
 }
 
-impl<M: DeviceMemory> CudaAttention<'_, M> {
+impl<'a, M: DeviceMemory> CudaAttention<'a, M> {
     /// The caches' shape; refuses a table with places of other caches.
-    fn shape(&self) -> Result<&CacheShape, KernelError> {
+    fn shape(&self) -> Result<&'a CacheShape, KernelError> {
         let refuse = |why: &str| KernelError::Cuda { why: why.to_string() };
         let Some(first) = self.caches.first() else { return Err(refuse("attention without a cache")) };
         if self.caches.iter().any(|cache| cache.shape != first.shape) {
@@ -183,6 +197,62 @@ impl<G: Gpu> Cuda<G> {
         Ok(DeviceCache { shape, memory: self.gpu.allocate(shape.layers * shape.layer_bytes())? })
     }
 
+    /// [`Cuda::rope`] of queries and keys and [`Cuda::append`] in one launch.
+    ///
+    /// # Errors
+    /// Shapes don't fit each other, or a position is outside of the rotation's table.
+    pub fn rope_and_append(
+        &self,
+        at: CudaAttention<'_, G::Memory>,
+        rope: &DeviceRope<G::Memory>,
+        q: &mut DeviceRows<G::Memory>,
+        k: &mut DeviceRows<G::Memory>,
+        values: &DeviceRows<G::Memory>,
+    ) -> Result<(), KernelError> {
+        let (append, shape) = self.append_argument(&at, k, values)?;
+        let rows = at.table.places.len();
+        let heads = q.width.checked_div(shape.head_dim).unwrap_or(0);
+        q.check("rope's input", rows, heads * shape.head_dim)?;
+        let half = rope.fits(shape.head_dim, at.table)?;
+        q.changes();
+        k.changes();
+        let argument = RopeAppendArgument {
+            append,
+            q: q.values.address(),
+            k: k.values.address(),
+            cos: rope.cos.address(),
+            sin: rope.sin.address(),
+            heads: size(heads)?,
+            half: size(half)?,
+        };
+        let kernel = match shape.kind {
+            CacheKind::F32 => "rope_append_f32",
+            CacheKind::F16 => "rope_append_f16",
+            CacheKind::Int8 => "rope_append_int8",
+        };
+        let grid = [size(rows)?, size(heads + 2 * shape.kv_heads)?, 1];
+        self.gpu.launch(&Launch::new(kernel, grid, 32, bytes_of(&argument)))
+    }
+
+    /// What appending takes, and the caches' shape.
+    fn append_argument<'a>(
+        &self,
+        at: &CudaAttention<'a, G::Memory>,
+        keys: &DeviceRows<G::Memory>,
+        values: &DeviceRows<G::Memory>,
+    ) -> Result<(AppendArgument, &'a CacheShape), KernelError> {
+        let (shape, rows) = (at.shape()?, at.table.places.len());
+        keys.check("appended keys", rows, shape.kv_heads * shape.head_dim)?;
+        values.check("appended values", rows, shape.kv_heads * shape.head_dim)?;
+        let argument = AppendArgument {
+            layer: shape.layer(at.layer)?,
+            keys: keys.values.address(),
+            values: values.values.address(),
+            rows: at.table.memory.address(),
+        };
+        Ok((argument, shape))
+    }
+
     /// Writes each row's keys and values, (rows, kv_heads * head_dim), at its place.
     ///
     /// # Errors
@@ -193,21 +263,13 @@ impl<G: Gpu> Cuda<G> {
         keys: &DeviceRows<G::Memory>,
         values: &DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
-        let (shape, rows) = (at.shape()?, at.table.places.len());
-        keys.check("appended keys", rows, shape.kv_heads * shape.head_dim)?;
-        values.check("appended values", rows, shape.kv_heads * shape.head_dim)?;
-        let argument = AppendArgument {
-            layer: shape.layer(at.layer)?,
-            keys: keys.values.address(),
-            values: values.values.address(),
-            rows: at.table.memory.address(),
-        };
+        let (argument, shape) = self.append_argument(&at, keys, values)?;
         let kernel = match shape.kind {
             CacheKind::F32 => "append_f32",
             CacheKind::F16 => "append_f16",
             CacheKind::Int8 => "append_int8",
         };
-        let grid = [size(rows)?, size(shape.kv_heads)?, 2];
+        let grid = [size(at.table.places.len())?, size(shape.kv_heads)?, 2];
         self.gpu.launch(&Launch::new(kernel, grid, 32, bytes_of(&argument)))
     }
 
@@ -230,12 +292,14 @@ impl<G: Gpu> Cuda<G> {
         }
         q.check("queries", rows, spec.heads * shape.head_dim)?;
         out.check("attention's output", rows, spec.heads * shape.head_dim)?;
+        out.changes();
         if rows == 0 {
             return Ok(());
         }
         let passes = group.div_ceil(MOST_HEADS);
         let block_heads = group.div_ceil(passes);
-        let keys = at.table.last_position() + 1;
+        // So many keys at a time that launches stay the same for many tokens: chunks that no row reaches end at once.
+        let keys = (at.table.last_position() + 1).next_multiple_of(SAME_FOR);
         let chunk = self.chunk(keys, rows * shape.kv_heads * passes, rows * spec.heads * (shape.head_dim + 2));
         let chunks = keys.div_ceil(chunk);
         let argument = AttendArgument {

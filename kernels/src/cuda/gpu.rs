@@ -16,7 +16,9 @@ pub static MODULES: &[Ptx] = &[
     Ptx { name: "attention", text: include_str!("../../cuda/ptx/attention.ptx") },
     Ptx { name: "embed", text: include_str!("../../cuda/ptx/embed.ptx") },
     Ptx { name: "gemm", text: include_str!("../../cuda/ptx/gemm.ptx") },
-    Ptx { name: "gemv", text: include_str!("../../cuda/ptx/gemv.ptx") },
+    Ptx { name: "gemv_w4", text: include_str!("../../cuda/ptx/gemv_w4.ptx") },
+    Ptx { name: "gemv_w4_table", text: include_str!("../../cuda/ptx/gemv_w4_table.ptx") },
+    Ptx { name: "gemv_w8", text: include_str!("../../cuda/ptx/gemv_w8.ptx") },
     Ptx { name: "rows", text: include_str!("../../cuda/ptx/rows.ptx") },
 ];
 

@@ -2,15 +2,11 @@
 
 use super::gpu::{DeviceMemory, Gpu, Launch};
 use super::rows::{DeviceIndices, DeviceRows, DeviceVector};
-use super::weight::{DeviceWeight, OutliersArgument, Stored, WeightArgument};
+use super::weight::{DeviceWeight, NumbersArgument, OutliersArgument, Stored, WeightArgument};
 use super::{Cuda, SCRATCH, check, size};
 use crate::KernelError;
 use bytemuck::{Pod, Zeroable, bytes_of};
 
-/// Rows of activations that one pass over the weight serves without tensor-core tiles of tokens.
-const FEW: usize = 8;
-/// Warps of a block of few rows.
-const MOST_WARPS: usize = 8;
 /// Least units of K (64 values) in a part: fewer aren't worth adding.
 const LEAST_PART: usize = 4;
 
@@ -28,6 +24,19 @@ struct ProductArgument {
     accumulate: u32,
     split_units: u32,
     splits: u32,
+    also: [AlsoArgument; 2],
+}
+
+/// `Also` of linear.cuh.
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+#[repr(C)]
+struct AlsoArgument {
+    codes: u64,
+    scales: NumbersArgument,
+    bias: u64,
+    out: u64,
+    n: u32,
+    first: u32,
 }
 
 /// `Dense` of embed.cu.
@@ -70,23 +79,152 @@ struct OutlierArgument {
     k: u32,
 }
 
-/// The kernels of one kind of codes: for few rows, then for tiles of 16, 32 and 64.
+/// The kernels of one kind of codes.
 struct Family {
-    few: &'static str,
-    tiles: [&'static str; 3],
+    /// Bytes of shared memory that come before what every kind needs.
+    table: usize,
+    gemv: Shape,
+    short: Shape,
+    long: Shape,
+    min: Shape,
+    /// For up to 16, 32 and 64 rows: any weight, and one with many outputs.
+    some: [[Shape; 2]; 3],
+    /// For more rows, 64 a block; tiles of 16 outputs of each of its four warps, and blocks that keep a processor busy.
+    many: (&'static str, usize, usize),
     embed: &'static str,
 }
 
-const W4: Family = Family { few: "gemv_w4", tiles: ["gemm16_w4", "gemm32_w4", "gemm64_w4"], embed: "embed_w4" };
+/// A kernel of gemv.cuh: rows of activations and tiles of 16 outputs of a block, and its warps.
+#[derive(Clone, Copy)]
+struct Shape {
+    kernel: &'static str,
+    rows: usize,
+    tiles: usize,
+    warps: usize,
+}
+
+const fn shape(kernel: &'static str, rows: usize, tiles: usize, warps: usize) -> Shape {
+    Shape { kernel, rows, tiles, warps }
+}
+
+const W4: Family = Family {
+    table: 0,
+    gemv: shape("gemv_w4", 8, 1, 8),
+    short: shape("gemv_short_w4", 8, 1, 4),
+    long: shape("gemv_long_w4", 8, 1, 16),
+    min: shape("gemv_min_w4", 8, 1, 8),
+    some: [
+        [shape("gemv16_w4", 16, 1, 8), shape("gemv16_wide_w4", 16, 2, 8)],
+        [shape("gemv32_w4", 32, 2, 8), shape("gemv32_wide_w4", 32, 2, 4)],
+        [shape("gemv64_w4", 64, 2, 8), shape("gemv64_wide_w4", 64, 2, 4)],
+    ],
+    many: ("gemm64_w4", 4, 1),
+    embed: "embed_w4",
+};
 const W4_TABLE: Family = Family {
-    few: "gemv_w4_table",
-    tiles: ["gemm16_w4_table", "gemm32_w4_table", "gemm64_w4_table"],
+    table: 1 << 16,
+    gemv: shape("gemv_w4_table", 8, 1, 8),
+    short: shape("gemv_short_w4_table", 8, 1, 8),
+    long: shape("gemv_long_w4_table", 8, 1, 16),
+    min: shape("gemv_min_w4_table", 8, 1, 8),
+    some: [
+        [shape("gemv16_w4_table", 16, 1, 8), shape("gemv16_wide_w4_table", 16, 2, 8)],
+        [shape("gemv32_w4_table", 32, 2, 8), shape("gemv32_wide_w4_table", 32, 2, 4)],
+        [shape("gemv64_w4_table", 64, 2, 8), shape("gemv64_wide_w4_table", 64, 2, 4)],
+    ],
+    many: ("gemm64_w4_table", 2, 2),
     embed: "embed_w4_table",
 };
-const W8: Family = Family { few: "gemv_w8", tiles: ["gemm16_w8", "gemm32_w8", "gemm64_w8"], embed: "embed_w8" };
+const W8: Family = Family {
+    table: 0,
+    gemv: shape("gemv_w8", 8, 1, 8),
+    short: shape("gemv_short_w8", 8, 1, 4),
+    long: shape("gemv_long_w8", 8, 1, 16),
+    min: shape("gemv_min_w8", 8, 1, 8),
+    some: [
+        [shape("gemv16_w8", 16, 1, 8), shape("gemv16_wide_w8", 16, 2, 8)],
+        [shape("gemv32_w8", 32, 2, 8), shape("gemv32_wide_w8", 32, 2, 4)],
+        [shape("gemv64_w8", 64, 2, 8), shape("gemv64_wide_w8", 64, 2, 4)],
+    ],
+    many: ("gemm64_w8", 4, 1),
+    embed: "embed_w8",
+};
 
-/// Tokens and outputs of a block of each of [`Family::tiles`].
-const TILES: [(usize, usize); 3] = [(16, 64), (32, 64), (64, 128)];
+/// One of several products with the same activations.
+pub struct DeviceProduct<'a, M> {
+    /// (n, k).
+    pub weight: &'a DeviceWeight<M>,
+    /// (n), added to each row.
+    pub bias: Option<&'a DeviceVector<M>>,
+    /// (rows, n).
+    pub out: &'a mut DeviceRows<M>,
+}
+
+/// Whether a product's parts fit each other; the address of its bias.
+fn check_product<M: DeviceMemory>(
+    x: &DeviceRows<M>,
+    rows: usize,
+    weight: &DeviceWeight<M>,
+    bias: Option<&DeviceVector<M>>,
+    out: &mut DeviceRows<M>,
+) -> Result<u64, KernelError> {
+    x.check("activations", rows, weight.k)?;
+    out.check("a product's output", rows, weight.n)?;
+    out.changes();
+    if let Some(bias) = bias {
+        check("a bias", bias.len, weight.n)?;
+    }
+    Ok(bias.map_or(0, |bias| bias.values.address()))
+}
+
+impl ProductArgument {
+    fn new<G: Gpu>(
+        cuda: &Cuda<G>,
+        weight: &WeightArgument,
+        x: &DeviceRows<G::Memory>,
+        rows: usize,
+        bias: u64,
+        accumulate: bool,
+        out: &DeviceRows<G::Memory>,
+    ) -> Result<ProductArgument, KernelError> {
+        Ok(ProductArgument {
+            weight: *weight,
+            x: x.halves.address(),
+            factor: x.factors.address(),
+            bias,
+            out: out.values.address(),
+            partial: cuda.scratch.address(),
+            m: size(rows)?,
+            accumulate: accumulate.into(),
+            split_units: weight.units,
+            splits: 1,
+            also: [AlsoArgument { first: u32::MAX, ..AlsoArgument::default() }; 2],
+        })
+    }
+}
+
+/// Units whose scales a block of gemv.cuh holds at a time.
+const PHASE: usize = 256;
+
+impl Family {
+    /// The kernel for so many rows of activations, or none if there are too many for gemv.cuh. What is best where was
+    /// measured on an H100, see `benches/CUDA.md`.
+    fn shape(&self, rows: usize, tiles: u32, weight: &WeightArgument, processors: u32) -> Option<Shape> {
+        let (tiles, units, processors) = (tiles as usize, weight.units as usize, processors as usize);
+        if rows > 8 {
+            let of_size = self.some.iter().find(|of_size| rows <= of_size[0].rows)?;
+            return Some(of_size[usize::from(tiles >= 3 * processors)]);
+        }
+        let is_table = self.table > 0;
+        let many = if is_table { 8 * processors } else { 3 * processors };
+        Some(match () {
+            () if weight.zero_kind != 0 => self.min,
+            () if tiles >= many && units <= 32 => self.short,
+            () if tiles <= processors && units >= 96 => self.long,
+            () => self.gemv,
+        })
+    }
+}
 
 impl<G: Gpu> Cuda<G> {
     /// Makes the first `rows` rows of `x` ready for products: until `x` changes, [`Cuda::multiply`] may be called with
@@ -96,7 +234,7 @@ impl<G: Gpu> Cuda<G> {
     /// There are not so many.
     pub fn prepare(&self, x: &mut DeviceRows<G::Memory>, rows: usize) -> Result<(), KernelError> {
         x.check("activations", rows, x.width)?;
-        self.pack(x, rows)
+        if x.packed.get() >= rows { Ok(()) } else { self.pack(x, rows) }
     }
 
     /// `out = x * weight^T (+ bias) (+ out if accumulate)`, for `rows` rows of `x` that [`Cuda::prepare`] was called
@@ -113,12 +251,7 @@ impl<G: Gpu> Cuda<G> {
         accumulate: bool,
         out: &mut DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
-        x.check("activations", rows, weight.k)?;
-        out.check("a product's output", rows, weight.n)?;
-        if let Some(bias) = bias {
-            check("a bias", bias.len, weight.n)?;
-        }
-        let bias = bias.map_or(0, |bias| bias.values.address());
+        let bias = check_product(x, rows, weight, bias, out)?;
         if weight.n == 0 {
             return Ok(());
         }
@@ -130,13 +263,105 @@ impl<G: Gpu> Cuda<G> {
             Stored::F16(at) => self.dense("dense_f16", *at, weight, x, rows, bias, accumulate, out)?,
             Stored::Bf16(at) => self.dense("dense_bf16", *at, weight, x, rows, bias, accumulate, out)?,
         }
-        if let Some(outliers) = weight.outliers {
-            let (n, k) = (size(weight.n)?, size(weight.k)?);
-            let argument = OutlierArgument { outliers, x: x.values.address(), out: out.values.address(), n, k };
-            let grid = [n.div_ceil(8), size(rows)?, 1];
-            self.gpu.launch(&Launch::new("outliers_add", grid, 256, bytes_of(&argument)))?;
+        self.add_outliers(x, rows, weight, out)
+    }
+
+    /// Several products of the same activations, none of which is accumulated; in one launch where they are alike and
+    /// rows are few.
+    ///
+    /// # Errors
+    /// As [`Cuda::multiply`].
+    pub fn multiply_all(
+        &self,
+        x: &DeviceRows<G::Memory>,
+        rows: usize,
+        products: &mut [DeviceProduct<'_, G::Memory>],
+    ) -> Result<(), KernelError> {
+        if let Some(launched) = self.together(x, rows, products)? {
+            products[..launched]
+                .iter_mut()
+                .try_for_each(|product| self.add_outliers(x, rows, product.weight, product.out))?;
+            return self.multiply_all(x, rows, &mut products[launched..]);
+        }
+        for product in products {
+            self.multiply(x, rows, product.weight, product.bias, false, product.out)?;
         }
         Ok(())
+    }
+
+    /// Launches the first of the products together, if more than one of them can be, and says how many.
+    fn together(
+        &self,
+        x: &DeviceRows<G::Memory>,
+        rows: usize,
+        products: &mut [DeviceProduct<'_, G::Memory>],
+    ) -> Result<Option<usize>, KernelError> {
+        let Some((first, others)) = products.split_first_mut() else { return Ok(None) };
+        let (family, argument) = match &first.weight.stored {
+            Stored::W4(argument) => (&W4, argument),
+            Stored::W4Table(argument) => (&W4_TABLE, argument),
+            Stored::W8(argument) => (&W8, argument),
+            Stored::F32(_) | Stored::F16(_) | Stored::Bf16(_) => return Ok(None),
+        };
+        let alike = |other: &DeviceProduct<'_, G::Memory>| match (&first.weight.stored, &other.weight.stored) {
+            (Stored::W4(a), Stored::W4(b))
+            | (Stored::W4Table(a), Stored::W4Table(b))
+            | (Stored::W8(a), Stored::W8(b)) => a.is_alike(b),
+            _ => false,
+        };
+        let count = others.iter().take(2).take_while(|other| alike(other)).count();
+        if count == 0 || rows == 0 || rows > 8 || argument.zero_kind != 0 || argument.n == 0 {
+            return Ok(None);
+        }
+        let others = &mut others[..count];
+        let bias = check_product(x, rows, first.weight, first.bias, first.out)?;
+        let mut product = ProductArgument::new(self, argument, x, rows, bias, false, first.out)?;
+        let mut tiles = argument.n.div_ceil(16);
+        for (also, other) in product.also.iter_mut().zip(others) {
+            let bias = check_product(x, rows, other.weight, other.bias, other.out)?;
+            let (Stored::W4(weight) | Stored::W4Table(weight) | Stored::W8(weight)) = &other.weight.stored else {
+                continue;
+            };
+            let (codes, scales) = weight.codes_and_scales();
+            *also = AlsoArgument { codes, scales, bias, out: other.out.values.address(), n: weight.n, first: tiles };
+            tiles += weight.n.div_ceil(16);
+        }
+        self.few(family, family.shape(rows, tiles, argument, self.gpu.processors()), rows, tiles, &product)?;
+        Ok(Some(1 + count))
+    }
+
+    /// Launches a kernel of gemv.cuh over so many tiles.
+    fn few(
+        &self,
+        family: &Family,
+        shape: Option<Shape>,
+        rows: usize,
+        tiles: u32,
+        product: &ProductArgument,
+    ) -> Result<bool, KernelError> {
+        let Some(shape) = shape else { return Ok(false) };
+        let scales = (product.weight.units as usize).min(PHASE / shape.tiles) * shape.tiles * 128;
+        let mins = if product.weight.zero_kind == 0 { 0 } else { scales };
+        let held = if family.table > 0 { family.table + mins } else { scales + mins };
+        let shared = held.max(shape.warps * shape.tiles * 640);
+        let grid = [tiles.div_ceil(size(shape.tiles)?), size(rows.div_ceil(shape.rows))?, 1];
+        let launch = Launch::new(shape.kernel, grid, size(32 * shape.warps)?, bytes_of(product));
+        self.gpu.launch(&launch.with_shared(size(shared)?))?;
+        Ok(true)
+    }
+
+    fn add_outliers(
+        &self,
+        x: &DeviceRows<G::Memory>,
+        rows: usize,
+        weight: &DeviceWeight<G::Memory>,
+        out: &mut DeviceRows<G::Memory>,
+    ) -> Result<(), KernelError> {
+        let Some(outliers) = weight.outliers else { return Ok(()) };
+        let (n, k) = (size(weight.n)?, size(weight.k)?);
+        let argument = OutlierArgument { outliers, x: x.values.address(), out: out.values.address(), n, k };
+        let grid = [n.div_ceil(8), size(rows)?, 1];
+        self.gpu.launch(&Launch::new("outliers_add", grid, 256, bytes_of(&argument)))
     }
 
     #[allow(clippy::too_many_arguments)] // a product, and which kernels it is for
@@ -151,32 +376,21 @@ impl<G: Gpu> Cuda<G> {
         out: &mut DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
         let (n, units) = (weight.n as usize, weight.units as usize);
-        let mut product = ProductArgument {
-            weight: *weight,
-            x: x.halves.address(),
-            factor: x.factors.address(),
-            bias,
-            out: out.values.address(),
-            partial: self.scratch.address(),
-            m: size(rows)?,
-            accumulate: accumulate.into(),
-            split_units: weight.units,
-            splits: 1,
-        };
-        if rows <= FEW {
-            let threads = 32 * size(units.clamp(1, MOST_WARPS))?;
-            let grid = [size(n.div_ceil(16))?, 1, 1];
-            return self.gpu.launch(&Launch::new(family.few, grid, threads, bytes_of(&product)));
+        let mut product = ProductArgument::new(self, weight, x, rows, bias, accumulate, out)?;
+        let tiles = weight.n.div_ceil(16);
+        let shape = family.shape(rows, tiles, weight, self.gpu.processors());
+        if self.few(family, shape, rows, tiles, &product)? {
+            return Ok(());
         }
-        let kind = TILES.iter().position(|(tokens, _)| rows <= *tokens).unwrap_or(TILES.len() - 1);
-        let (tokens, outputs) = TILES[kind];
+        let (kernel, tiles, busy) = family.many;
+        let (tokens, outputs) = (64, 4 * 16 * tiles);
         let (wide, high) = (n.div_ceil(outputs), rows.div_ceil(tokens));
-        let parts = self.parts(wide * high, units, rows * n);
+        let parts = self.parts(busy, wide * high, units, rows * n);
         let split_units = units.div_ceil(parts).max(1);
         let splits = units.div_ceil(split_units).max(1);
         (product.split_units, product.splits) = (size(split_units)?, size(splits)?);
         let grid = [size(wide)?, size(high)?, size(splits)?];
-        self.gpu.launch(&Launch::new(family.tiles[kind], grid, 128, bytes_of(&product)))?;
+        self.gpu.launch(&Launch::new(kernel, grid, 128, bytes_of(&product)))?;
         if splits > 1 {
             let grid = [size((rows * n).div_ceil(256))?, 1, 1];
             self.gpu.launch(&Launch::new("gemm_sum", grid, 256, bytes_of(&product)))?;
@@ -184,9 +398,9 @@ impl<G: Gpu> Cuda<G> {
         Ok(())
     }
 
-    /// Parts of K that keep the device busy: about two blocks a processor, as many as the scratch holds sums of.
-    fn parts(&self, blocks: usize, units: usize, outputs: usize) -> usize {
-        let wanted = (2 * self.gpu.processors() as usize).div_ceil(blocks.max(1));
+    /// Parts of K that keep the device busy with so many blocks a processor, as many as the scratch holds sums of.
+    fn parts(&self, busy: usize, blocks: usize, units: usize, outputs: usize) -> usize {
+        let wanted = (busy * self.gpu.processors() as usize).div_ceil(blocks.max(1));
         wanted.min(units / LEAST_PART).min(SCRATCH / (outputs * 4).max(1)).max(1)
     }
 
@@ -227,11 +441,12 @@ impl<G: Gpu> Cuda<G> {
         &self,
         weight: &DeviceWeight<G::Memory>,
         tokens: &[u32],
-        indices: &DeviceIndices<G::Memory>,
+        indices: &mut DeviceIndices<G::Memory>,
         factor: f32,
         out: &mut DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
         out.check("embeddings", tokens.len(), weight.k)?;
+        out.changes();
         let rows = self.set_indices(indices, tokens, weight.n)?;
         let (family, argument) = match &weight.stored {
             Stored::W4(argument) => (&W4, argument),

@@ -5,6 +5,7 @@ use super::{Cuda, check, check_room, size};
 use crate::KernelError;
 use crate::ops::math::Function;
 use bytemuck::{Pod, Zeroable, bytes_of, cast_slice, cast_slice_mut};
+use std::cell::Cell;
 
 /// Up to `capacity` rows of `width` floats, with room for their copy in half precision that products read.
 #[derive(Debug)]
@@ -14,6 +15,8 @@ pub struct DeviceRows<M> {
     pub(super) values: M,  // (capacity, width) f32
     pub(super) halves: M,  // (capacity, width padded to 64) f16
     pub(super) factors: M, // (capacity) f32
+    /// How many of the first rows have their copy in half precision.
+    pub(super) packed: Cell<usize>,
 }
 
 impl<M: DeviceMemory> DeviceRows<M> {
@@ -31,7 +34,25 @@ impl<M: DeviceMemory> DeviceRows<M> {
         check(what, self.width, width)?;
         check_room(what, self.capacity, rows)
     }
+
+    /// Its rows are about to change.
+    pub(super) fn changes(&self) {
+        self.packed.set(0);
+    }
+
+    /// Whether the kernels take so wide a row as a whole.
+    fn is_whole(&self) -> bool {
+        self.width.is_multiple_of(4) && self.width <= WIDEST_ROW
+    }
+
+    /// Threads for a row as a whole: four numbers each, as few times as may be.
+    fn whole_threads(&self) -> u32 {
+        row_threads(self.width.next_multiple_of(64).div_ceil(4), 1024)
+    }
 }
+
+/// The widest row that a block holds in registers: 16 numbers each of 1024 threads.
+const WIDEST_ROW: usize = 16384;
 
 /// A vector of floats: a gain or a bias.
 #[derive(Debug)]
@@ -45,6 +66,8 @@ pub struct DeviceVector<M> {
 pub struct DeviceIndices<M> {
     capacity: usize,
     indices: M,
+    /// What was last put there; empty if nobody knows.
+    known: Vec<u32>,
 }
 
 /// Cosines and sines of every position.
@@ -52,8 +75,18 @@ pub struct DeviceIndices<M> {
 pub struct DeviceRope<M> {
     half: usize,
     positions: usize,
-    cos: M, // (positions, half)
-    sin: M,
+    pub(super) cos: M, // (positions, half)
+    pub(super) sin: M,
+}
+
+impl<M> DeviceRope<M> {
+    /// How many pairs of a head turn, if a head has so many and every place is in the table.
+    pub(super) fn fits(&self, head_dim: usize, table: &DeviceTable<M>) -> Result<usize, KernelError> {
+        check_room("a head's rotated values", head_dim, 2 * self.half)?;
+        let positions = if table.places.is_empty() { 0 } else { table.last_position() + 1 };
+        check_room("rope's positions", self.positions, positions)?;
+        Ok(self.half)
+    }
 }
 
 /// Where a row of a batch stands.
@@ -124,6 +157,31 @@ struct Norm {
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
+struct NormPack {
+    x: u64,
+    gain: u64,
+    out: u64,
+    halves: u64,
+    factor: u64,
+    width: u32,
+    units: u32,
+    eps: f32,
+    unused: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct GatePack {
+    x: u64,
+    y: u64,
+    halves: u64,
+    factor: u64,
+    width: u32,
+    units: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Rope {
     x: u64,
     cos: u64,
@@ -182,6 +240,7 @@ impl<G: Gpu> Cuda<G> {
             values: self.gpu.allocate(capacity * width * 4)?,
             halves: self.gpu.allocate(capacity * width.next_multiple_of(64) * 2)?,
             factors: self.gpu.allocate(capacity * 4)?,
+            packed: Cell::new(0),
         })
     }
 
@@ -191,6 +250,7 @@ impl<G: Gpu> Cuda<G> {
     /// They don't fit.
     pub fn write_rows(&self, x: &DeviceRows<G::Memory>, values: &[f32]) -> Result<(), KernelError> {
         check_room("rows", x.capacity * x.width, values.len())?;
+        x.changes();
         self.gpu.write(&x.values, 0, cast_slice(values))
     }
 
@@ -218,7 +278,7 @@ impl<G: Gpu> Cuda<G> {
     /// # Errors
     /// The device has no memory for them.
     pub fn indices(&self, capacity: usize) -> Result<DeviceIndices<G::Memory>, KernelError> {
-        Ok(DeviceIndices { capacity, indices: self.gpu.allocate(capacity * 4)? })
+        Ok(DeviceIndices { capacity, indices: self.gpu.allocate(capacity * 4)?, known: Vec::with_capacity(capacity) })
     }
 
     /// Rotation tables for positions `0..positions`; see [`crate::ops::RopeTable`].
@@ -271,10 +331,12 @@ impl<G: Gpu> Cuda<G> {
             width: size(x.width)?,
             units: size(x.width.div_ceil(64))?,
         };
-        self.gpu.launch(&Launch::new("pack_rows", [size(rows)?, 1, 1], 256, bytes_of(&pack)))
+        self.gpu.launch(&Launch::new("pack_rows", [size(rows)?, 1, 1], 256, bytes_of(&pack)))?;
+        x.packed.set(rows);
+        Ok(())
     }
 
-    /// `out = x / rms(x) * gain`, row by row.
+    /// `out = x / rms(x) * gain`, row by row; `out` is [prepared](Cuda::prepare) for products where its width allows it.
     ///
     /// # Errors
     /// Widths differ, or there are fewer rows.
@@ -288,6 +350,24 @@ impl<G: Gpu> Cuda<G> {
     ) -> Result<(), KernelError> {
         x.check("a norm's input", rows, gain.len)?;
         out.check("a norm's output", rows, gain.len)?;
+        out.changes();
+        if out.is_whole() {
+            let norm = NormPack {
+                x: x.values.address(),
+                gain: gain.values.address(),
+                out: out.values.address(),
+                halves: out.halves.address(),
+                factor: out.factors.address(),
+                width: size(out.width)?,
+                units: size(out.width.div_ceil(64))?,
+                eps,
+                unused: 0,
+            };
+            let grid = [size(rows)?, 1, 1];
+            self.gpu.launch(&Launch::new("rms_norm_pack", grid, out.whole_threads(), bytes_of(&norm)))?;
+            out.packed.set(rows);
+            return Ok(());
+        }
         self.norm(x.values.address(), out.values.address(), gain, eps, rows)
     }
 
@@ -304,6 +384,7 @@ impl<G: Gpu> Cuda<G> {
     ) -> Result<(), KernelError> {
         let heads = x.width.checked_div(gain.len).unwrap_or(0);
         x.check("a head norm's input", rows, heads * gain.len)?;
+        x.changes();
         self.norm(x.values.address(), x.values.address(), gain, eps, rows * heads)
     }
 
@@ -327,8 +408,8 @@ impl<G: Gpu> Cuda<G> {
         let rows = table.places.len();
         let heads = x.width.checked_div(head_dim).unwrap_or(0);
         x.check("rope's input", rows, heads * head_dim)?;
-        check_room("a head's rotated values", head_dim, 2 * rope.half)?;
-        check_room("rope's positions", rope.positions, if rows == 0 { 0 } else { table.last_position() + 1 })?;
+        rope.fits(head_dim, table)?;
+        x.changes();
         let count = rows * heads * rope.half;
         let argument = Rope {
             x: x.values.address(),
@@ -343,7 +424,7 @@ impl<G: Gpu> Cuda<G> {
         self.gpu.launch(&Launch::new("rope", [size(count.div_ceil(256))?, 1, 1], 256, bytes_of(&argument)))
     }
 
-    /// `gate = function(gate) * up`
+    /// `gate = function(gate) * up`; `gate` is [prepared](Cuda::prepare) for products where its width allows it.
     ///
     /// # Errors
     /// Widths differ, there are fewer rows, or the function is no gate's.
@@ -354,12 +435,27 @@ impl<G: Gpu> Cuda<G> {
         up: &DeviceRows<G::Memory>,
         rows: usize,
     ) -> Result<(), KernelError> {
-        let kernel = match function {
-            Function::Silu => "gate_silu",
-            Function::GeluTanh => "gate_gelu",
+        let (kernel, whole) = match function {
+            Function::Silu => ("gate_silu", "gate_pack_silu"),
+            Function::GeluTanh => ("gate_gelu", "gate_pack_gelu"),
             other => return Err(KernelError::Cuda { why: format!("no gate by {other:?}; known: Silu, GeluTanh") }),
         };
         up.check("a gate's factor", rows, gate.width)?;
+        if gate.is_whole() {
+            gate.check("a gate", rows, gate.width)?;
+            let argument = GatePack {
+                x: gate.values.address(),
+                y: up.values.address(),
+                halves: gate.halves.address(),
+                factor: gate.factors.address(),
+                width: size(gate.width)?,
+                units: size(gate.width.div_ceil(64))?,
+            };
+            let launch = Launch::new(whole, [size(rows)?, 1, 1], gate.whole_threads(), bytes_of(&argument));
+            self.gpu.launch(&launch)?;
+            gate.packed.set(rows);
+            return Ok(());
+        }
         self.elements(kernel, gate, up.values.address(), 0.0, rows)
     }
 
@@ -402,15 +498,16 @@ impl<G: Gpu> Cuda<G> {
         rows: usize,
     ) -> Result<(), KernelError> {
         check_room("rows", x.capacity, rows)?;
+        x.changes();
         let count = rows * x.width;
         let argument = Elements { x: x.values.address(), y, count: count as u64, factor, unused: 0 };
         self.gpu.launch(&Launch::new(kernel, [size(count.div_ceil(256))?, 1, 1], 256, bytes_of(&argument)))
     }
 
-    /// Puts indices on the device, each below `limit`.
+    /// Puts indices on the device, each below `limit`, unless they are there already.
     pub(super) fn set_indices(
         &self,
-        indices: &DeviceIndices<G::Memory>,
+        indices: &mut DeviceIndices<G::Memory>,
         values: &[u32],
         limit: usize,
     ) -> Result<u64, KernelError> {
@@ -418,7 +515,11 @@ impl<G: Gpu> Cuda<G> {
         if let Some(found) = values.iter().map(|v| *v as usize).find(|v| *v >= limit) {
             return Err(KernelError::Row { found, n: limit });
         }
-        self.gpu.write(&indices.indices, 0, cast_slice(values))?;
+        if indices.known != values {
+            indices.known.clear();
+            self.gpu.write(&indices.indices, 0, cast_slice(values))?;
+            indices.known.extend(values);
+        }
         Ok(indices.indices.address())
     }
 
@@ -430,10 +531,11 @@ impl<G: Gpu> Cuda<G> {
         &self,
         x: &DeviceRows<G::Memory>,
         rows: &[u32],
-        indices: &DeviceIndices<G::Memory>,
+        indices: &mut DeviceIndices<G::Memory>,
         out: &mut DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
         out.check("selected rows", rows.len(), x.width)?;
+        out.changes();
         let select = Select {
             x: x.values.address(),
             rows: self.set_indices(indices, rows, x.capacity)?,
@@ -454,7 +556,7 @@ impl<G: Gpu> Cuda<G> {
         x: &DeviceRows<G::Memory>,
         rows: usize,
         width: usize,
-        choices: &DeviceIndices<G::Memory>,
+        choices: &mut DeviceIndices<G::Memory>,
     ) -> Result<Vec<Option<u32>>, KernelError> {
         check_room("rows", x.capacity, rows)?;
         check_room("a row's numbers", x.width, width)?;
@@ -466,6 +568,7 @@ impl<G: Gpu> Cuda<G> {
             width: size(width)?,
         };
         let threads = row_threads(width, 1024);
+        choices.known.clear();
         self.gpu.launch(&Launch::new("argmax", [size(rows)?, 1, 1], threads, bytes_of(&argument)))?;
         let mut found = vec![0u32; rows];
         self.gpu.read(&choices.indices, 0, cast_slice_mut(&mut found))?;

@@ -14,7 +14,7 @@ const UNIT: usize = 64;
 /// `Numbers` of linear.cuh.
 #[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
 #[repr(C)]
-struct NumbersArgument {
+pub(super) struct NumbersArgument {
     first: u64,
     second: u64,
     kind: u32,
@@ -37,8 +37,22 @@ pub(super) struct WeightArgument {
     pub(super) units: u32,
     groups: u32,
     group_magic: u32,
-    zero_kind: u32,
+    /// 0: a constant; else a number a group has to be taken into account.
+    pub(super) zero_kind: u32,
     zero: f32,
+}
+
+impl WeightArgument {
+    /// Whether one launch can multiply with both: nothing differs but codes, scales and the number of rows.
+    pub(super) fn is_alike(&self, other: &WeightArgument) -> bool {
+        let rest = |w: &WeightArgument| (w.table_lo, w.table_hi, w.units, w.groups, w.group_magic, w.zero_kind);
+        rest(self) == rest(other) && self.zero == other.zero
+    }
+
+    /// What of it differs between weights that are alike.
+    pub(super) fn codes_and_scales(&self) -> (u64, NumbersArgument) {
+        (self.codes, self.scales)
+    }
 }
 
 /// `Outliers` of embed.cu.
@@ -238,6 +252,7 @@ fn table(levels: &[f32; 16]) -> ([u32; 4], [u32; 4]) {
 /// Codes lane by lane; columns past `k` are code 0, which meets activations of zero.
 fn codes(tiles: usize, units: usize, k: usize, grid: &Grid) -> Vec<u8> {
     let bits = grid.levels.bits();
+    let is_table = matches!(grid.levels, Levels::Table4(_) | Levels::FloatTable4(_));
     let tile_bytes = units * UNIT * PANEL * bits / 8;
     let mut bytes = vec![0; tiles * tile_bytes];
     if tile_bytes == 0 {
@@ -252,7 +267,8 @@ fn codes(tiles: usize, units: usize, k: usize, grid: &Grid) -> Vec<u8> {
                 let (lane, above) = (row % 8 * 4 + j, row / 8);
                 if bits == 4 {
                     let word = (unit * 32 + lane) * 16 + (half * 2 + step) * 4;
-                    let nibble = above + e / 2 * 2 + e % 2 * 4;
+                    let pair = above + e / 2 * 2;
+                    let nibble = if is_table { pair * 2 + e % 2 } else { pair + e % 2 * 4 };
                     bytes[word + nibble / 2] |= code << (nibble % 2 * 4);
                 } else {
                     let word = ((unit * 2 + half) * 32 + lane) * 16 + (step * 2 + e / 2) * 4;
