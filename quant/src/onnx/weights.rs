@@ -5,11 +5,13 @@
 //! bias    int32, scale s_x * s_w, zero point 0                                 b = s_x * s_w * q
 //! ```
 
+use super::Graph;
 use super::proto::*;
 use super::tensor::{floats, tensor_error};
 use crate::algo::{AlgoInput, algorithm};
 use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
+use crate::stats::Input;
 use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, ScaleData, ScaleFormat, Zero};
 
 /// Where a weight's output channels are.
@@ -77,18 +79,26 @@ pub struct Rounding {
     pub algorithm: &'static str,
 }
 
-/// Quantizes a weight. `importance` weighs the values of a channel; `least`
-/// is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
+/// What was seen of a weight's input.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Seen<'a> {
+    /// (values of a channel) second moments of what each of them is multiplied by.
+    pub importance: Option<&'a [f32]>,
+    /// Products of the channels with each other, for layers that [read channels](reads_channels).
+    pub input: Option<&'a Input>,
+}
+
+/// Whether each value of an output channel meets one input channel: a linear layer, or a Conv of 1 x 1.
+pub fn reads_channels(graph: &Graph, node: &NodeProto) -> bool {
+    let Some(weight) = graph.constant(node.arg(1)) else { return false };
+    !node.is("Conv") || node.int("group", 1) == 1 && weight.dims.iter().skip(2).all(|&d| d == 1)
+}
+
+/// Quantizes a weight. `least` is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
 ///
 /// # Errors
 /// A weight that isn't finite, or whose bytes don't fit its shape.
-pub fn quantize(
-    tensor: &TensorProto,
-    layout: Layout,
-    how: Rounding,
-    importance: Option<&[f32]>,
-    least: &[f32],
-) -> Result<Weight> {
+pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen, least: &[f32]) -> Result<Weight> {
     let (sides, values) = rows(tensor, layout)?;
     let [n, k] = sides;
     let Rounding { per_channel, bits, algorithm: name } = how;
@@ -104,8 +114,8 @@ pub fn quantize(
         weight: &values,
         shape: sides,
         spec: &spec,
-        importance,
-        calibrated: None,
+        importance: seen.importance,
+        calibrated: seen.input,
         seed: 0,
     };
     let quantized = (algorithm(name)?.run)(&input)?;
