@@ -4,7 +4,7 @@
 //! layer or layer norm --(1 / s_c)--> x_c / s_c  --> [Relu, Add, pooling, ...] --> layer (W[:, c] * s_c)
 //! ```
 //! Where nothing before it can take up a factor (a GELU, a norm that a residual reads too), a product by a constant is
-//! put in if it spares a good part of the error. The float function stays what it was. A tensor of 8-bit integers with one scale loses its small channels beside a
+//! put in if it spares half of the error. The float function stays what it was. A tensor of 8-bit integers with one scale loses its small channels beside a
 //! large one; weights have a scale an output channel, so that what a producer takes up costs nothing, and what a
 //! consumer takes up costs a little. How much goes where is chosen by the error that is expected of both (after
 //! SmoothQuant, arXiv 2211.10438, and cross-layer equalization, arXiv 1906.04721, which fix it).
@@ -47,10 +47,8 @@ pub struct Scaled {
     pub by: Vec<f64>,
 }
 
-/// Limits tried for channels, in halvings of a halving below the largest: only what is above is brought down to it.
-const LIMITS: i32 = 12;
 /// A product by a constant is worth its time if it leaves at most this share of the expected error.
-const WORTH: f64 = 0.75;
+const WORTH: f64 = 0.5;
 
 /// Equalizes a folded model's channels; what was seen of tensors is given by name. The tensors that changed, or came to
 /// be.
@@ -154,29 +152,25 @@ fn factors(graph: &Graph, site: &Site, seen: &BTreeMap<String, ChannelStatistics
         .collect();
     let mut best: Option<(f64, Vec<f64>)> = None;
     let mut before = 0.0;
-    let peak = largest.iter().copied().fold(0.0, f64::max);
-    let shared = SHARES.iter().map(|&a| {
-        let one = |c: usize| match largest[c] > 0.0 && of_weights[c] > 0.0 {
-            true => largest[c].powf(a) / of_weights[c].powf(1.0 - a),
-            false => 1.0,
+    for share in std::iter::once(None).chain(SHARES.into_iter().map(Some)) {
+        let raw: Vec<f64> = match share {
+            None => vec![1.0; n],
+            Some(a) => (0..n)
+                .map(|c| match largest[c] > 0.0 && of_weights[c] > 0.0 {
+                    true => largest[c].powf(a) / of_weights[c].powf(1.0 - a),
+                    false => 1.0,
+                })
+                .collect(),
         };
-        (0..n).map(one).collect::<Vec<f64>>()
-    });
-    let limited = (1..=LIMITS).map(|halvings| {
-        let limit = peak * 0.5f64.powf(f64::from(halvings) / 2.0);
-        largest.iter().map(|&m| if m > limit && limit > 0.0 { m / limit } else { 1.0 }).collect()
-    });
-    for raw in std::iter::once(vec![1.0; n]).chain(shared).chain(limited) {
         let mean = (raw.iter().map(|f| f.ln()).sum::<f64>() / n as f64).exp();
-        let factors: Vec<f64> = match best {
-            None => raw,
-            Some(_) => raw.iter().map(|f| (f / mean).clamp(1.0 / LARGEST, LARGEST)).collect(),
-        };
+        let scaled = |f: &f64| if share.is_none() { 1.0 } else { (f / mean).clamp(1.0 / LARGEST, LARGEST) };
+        let factors: Vec<f64> = raw.iter().map(scaled).collect();
         let error: f64 = consumers.iter().map(|(s, r, depthwise)| expected(s, r, *depthwise, &factors)).sum();
-        match &best {
-            None => (before, best) = (error, Some((error, factors))),
-            Some((least, _)) if error < *least => best = Some((error, factors)),
-            Some(_) => {}
+        if share.is_none() {
+            before = error;
+        }
+        if best.as_ref().is_none_or(|(least, _)| error < *least) {
+            best = Some((error, factors));
         }
     }
     Ok(best.filter(|(_, f)| f.iter().any(|&f| f != 1.0)).map(|(left, factors)| (factors, left / before)))
