@@ -5,7 +5,8 @@
 #
 #   scripts/bench_vision.sh [lite0|vit|minilm]...
 #
-# NIBBLE is the program (default: the release build), ROUNDS the latency rounds (default 60), QUICK=1 takes fewer samples.
+# NIBBLE is the program (default: the release build), ROUNDS the latency rounds (default 60), QUICK=1 takes fewer samples
+# to judge by and leaves out the percentile and the ranges alone.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
 
@@ -63,8 +64,10 @@ for model in ${*:-lite0 vit minilm}; do
         pictures lite0 lite 8 "$(count 16 85)"
         quantize "nibble" "$WORK/lite0.onnx" "$calib" --batch 1
         quantize "nibble, gptq" "$WORK/lite0.onnx" "$calib" --batch 1 --algorithm gptq
-        quantize "nibble, percentile 99.999" "$WORK/lite0.onnx" "$calib" --batch 1 --observer percentile:99.999
-        quantize "nibble, ranges alone" "$WORK/lite0.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
+        if [ -z "${QUICK:-}" ]; then
+            quantize "nibble, percentile 99.999" "$WORK/lite0.onnx" "$calib" --batch 1 --observer percentile:99.999
+            quantize "nibble, ranges alone" "$WORK/lite0.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
+        fi
         table "EfficientNet-Lite0, 64 crops of 8 photographs to calibrate" cnn lite0 "$calib" "$WORK/lite0-eval.npy"
         ;;
     vit)
@@ -73,8 +76,10 @@ for model in ${*:-lite0 vit minilm}; do
         pictures vit imagenet 2 "$(count 8 34)"
         quantize "nibble" "$WORK/vit.onnx" "$calib" --batch 1
         quantize "nibble, gptq" "$WORK/vit.onnx" "$calib" --batch 1 --algorithm gptq
-        quantize "nibble, percentile 99.999" "$WORK/vit.onnx" "$calib" --batch 1 --observer percentile:99.999
-        quantize "nibble, ranges alone" "$WORK/vit.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
+        if [ -z "${QUICK:-}" ]; then
+            quantize "nibble, percentile 99.999" "$WORK/vit.onnx" "$calib" --batch 1 --observer percentile:99.999
+            quantize "nibble, ranges alone" "$WORK/vit.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
+        fi
         table "ViT-S/14, 16 crops of 8 photographs to calibrate" encoder vit "$calib" "$WORK/vit-eval.npy"
         ;;
     minilm)

@@ -65,7 +65,7 @@ pub(super) fn resolve(graph: &Graph, mut candidates: Vec<Result<Kind, String>>, 
                 // round what everything after it adds to, and save next to nothing.
                 Kind::Conv => {
                     let lonely = !made.contains(node.arg(0)) && !wants(out).any(|w| w) && graph.is_private(out);
-                    if lonely && settings.include.is_empty() {
+                    if lonely && settings.mode == Mode::Static && settings.include.is_empty() {
                         fallen.push(id);
                     }
                 }
