@@ -1,6 +1,6 @@
 //! Every row of `GEMMS` that this CPU has, on one thread: `row` is one activation row and a weight in memory,
-//! `row_in_cache` a weight that stays in the cache (bytes of weight a second), `rows` a prompt's many (multiply-adds a
-//! second).
+//! `row_in_cache` a weight that stays in the cache (bytes of weight a second), `rows` and `many_rows` 128 and 512 rows of
+//! a prompt (multiply-adds a second).
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
@@ -35,6 +35,11 @@ fn row_in_cache(bencher: Bencher, name: &str) {
 #[divan::bench(args = kernels(false), sample_size = 1, sample_count = 30)]
 fn rows(bencher: Bencher, name: &str) {
     time(bencher, name, 128, 2048, 2048);
+}
+
+#[divan::bench(args = kernels(false), sample_size = 1, sample_count = 30)]
+fn many_rows(bencher: Bencher, name: &str) {
+    time(bencher, name, 512, 2048, 2048);
 }
 
 fn time(bencher: Bencher, name: &str, m: usize, n: usize, k: usize) {

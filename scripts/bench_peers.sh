@@ -40,6 +40,10 @@ if [ $complete = no ]; then
         -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \
         -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DGGML_CCACHE=OFF \
         >"$PEERS/configure.log"
+    if grep -qw amx_tile /proc/cpuinfo 2>/dev/null; then
+        note "without AMX: what GCC 12 makes of its AMX path stopped at its first tile (SIGILL) where this was tried"
+        sed -i 's/-march=native/& -mno-amx-tile -mno-amx-int8 -mno-amx-bf16/' "$BUILD/build.ninja"
+    fi
     started=$SECONDS
     # shellcheck disable=SC2086 # a list of words
     nice -n 10 ninja -C "$BUILD" -j "$JOBS" $TOOLS >"$PEERS/build.log" || die "the build failed" "see $PEERS/build.log"

@@ -23,7 +23,7 @@ pub struct Running {
     #[command(flatten)]
     pub threads: Threads,
     /// Numbers that activations are in when they meet quantized weights
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Activations::Int8)]
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// How keys and values are kept
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
@@ -42,7 +42,9 @@ pub enum Device {
 /// Numbers that activations are in when they meet quantized weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
-    /// int8 with a scale every 32 values: fast
+    /// bfloat16 for many rows where this CPU multiplies tiles of them (AMX), int8 otherwise: fastest
+    Auto,
+    /// int8 with a scale every 32 values: fast, and the same bits on every CPU
     Int8,
     /// Single precision: exact
     F32,
@@ -52,6 +54,7 @@ impl Activations {
     /// As kernels know it.
     pub fn kind(self) -> ActKind {
         match self {
+            Activations::Auto => ActKind::Bf16,
             Activations::Int8 => ActKind::I8,
             Activations::F32 => ActKind::F32,
         }
@@ -60,6 +63,7 @@ impl Activations {
     /// As it is typed.
     pub fn name(self) -> &'static str {
         match self {
+            Activations::Auto => "auto",
             Activations::Int8 => "int8",
             Activations::F32 => "f32",
         }

@@ -7,10 +7,16 @@
 //! ```
 //! Rounding is half to even in every instruction set, so codes are the same bits on every machine.
 
+mod tiles;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use tiles::pair;
+
 use crate::buffer::Buffer;
-use crate::simd::{self, LANES, Simd, SimdOp};
+use crate::simd::{self, LANES, Simd, SimdOp, TILE_ROWS, TileLines};
 use crate::{BLOCK, Isa, KernelError, Pool};
 use bytemuck::{Pod, Zeroable};
+use tiles::EncodeTiles;
 
 /// In which numbers activations meet a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,7 +26,13 @@ pub enum ActKind {
     /// Signed bytes with a scale for every 32 values of a row, made on the fly; weights that have no such kernel
     /// (dense, float tables) are multiplied in single precision.
     I8,
+    /// bfloat16, and quantized weights too as they are decoded, where this CPU multiplies tiles of such numbers and rows
+    /// are many enough for them ([`TILED_ROWS`]); as [`ActKind::I8`] otherwise.
+    Bf16,
 }
+
+/// Fewest activation rows that tiles are worth their decoding for.
+pub const TILED_ROWS: usize = 16;
 
 impl ActKind {
     /// The word for it in kernel names.
@@ -28,6 +40,7 @@ impl ActKind {
         match self {
             ActKind::F32 => "f32",
             ActKind::I8 => "i8",
+            ActKind::Bf16 => "bf16",
         }
     }
 
@@ -36,6 +49,7 @@ impl ActKind {
         match self {
             ActKind::F32 => 4,
             ActKind::I8 => 1,
+            ActKind::Bf16 => 2,
         }
     }
 }
@@ -79,9 +93,12 @@ pub struct Activations {
     sums: Buffer<f32>,
     /// (tiles, blocks, coded) values in codes.
     records: Buffer<CodedBlock>,
+    /// (tiles, blocks) values in bfloat16.
+    tiles: Buffer<TileLines>,
     summed: bool,
     /// Rows of a tile in `records`, 0 if it isn't up to date.
     coded: usize,
+    tiled: bool,
 }
 
 impl Activations {
@@ -93,12 +110,17 @@ impl Activations {
             values: Buffer::zeroed(0),
             sums: Buffer::zeroed(0),
             records: Buffer::zeroed(0),
+            tiles: Buffer::zeroed(0),
             summed: false,
             coded: 0,
+            tiled: false,
         };
         x.reshape(m, k);
         x.sums.resize(m * x.blocks());
         x.records.resize(m.next_multiple_of(MOST_ROWS) * x.blocks());
+        if Isa::best() == Isa::Amx && m >= TILED_ROWS {
+            x.tiles.resize(m.div_ceil(TILE_ROWS) * x.blocks());
+        }
         x.reshape(0, k);
         x
     }
@@ -122,7 +144,11 @@ impl Activations {
     pub fn reshape(&mut self, m: usize, k: usize) {
         (self.m, self.k) = (m, k);
         self.values.resize(m * self.stride());
-        (self.summed, self.coded) = (false, 0);
+        self.forget();
+    }
+
+    fn forget(&mut self) {
+        (self.summed, self.coded, self.tiled) = (false, 0, false);
     }
 
     /// Takes `m` rows of `k` values from (m, k) row-major `rows`.
@@ -153,7 +179,7 @@ impl Activations {
     /// If there is no such row.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.m, "row {row} of {} activation rows", self.m);
-        (self.summed, self.coded) = (false, 0);
+        self.forget();
         let (at, k) = (row * self.stride(), self.k);
         &mut self.values[at..][..k]
     }
@@ -168,27 +194,28 @@ impl Activations {
         if m < self.m {
             self.m = m;
             self.values.resize(m * self.stride());
-            (self.summed, self.coded) = (false, 0);
+            self.forget();
         }
     }
 
     /// All rows to write to, (m, stride) row-major: only the first k values of each row count.
     pub fn values_mut(&mut self) -> &mut [f32] {
-        (self.summed, self.coded) = (false, 0);
+        self.forget();
         &mut self.values
     }
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        self.values.bytes() + self.sums.bytes() + self.records.bytes()
+        self.values.bytes() + self.sums.bytes() + self.records.bytes() + self.tiles.bytes()
     }
 
     /// Row `row` in codes, block after block, as the last product in [`ActKind::I8`] used it; none if the row was
     /// written since.
     pub fn codes(&self, row: usize) -> Option<impl Iterator<Item = &CodedBlock>> {
         (self.coded > 0 && row < self.m).then(|| {
-            let tile = &self.records[row / self.coded * self.coded * self.blocks()..];
-            tile[row % self.coded..].iter().step_by(self.coded).take(self.blocks())
+            let (tile, at) = (row / self.coded, row % self.coded);
+            let first = tile * self.coded * self.blocks() + at;
+            self.records.iter().skip(first).step_by(self.coded).take(self.blocks())
         })
     }
 
@@ -196,7 +223,12 @@ impl Activations {
     /// parallel.
     pub fn prepare(&mut self, pool: &Pool, act: ActKind, tile: usize) {
         let (stride, k, blocks) = (self.stride(), self.k, self.blocks());
-        if (act == ActKind::F32 && self.summed) || (act == ActKind::I8 && self.coded == tile) {
+        let ready = match act {
+            ActKind::F32 => self.summed,
+            ActKind::I8 => self.coded == tile,
+            ActKind::Bf16 => self.tiled,
+        };
+        if ready {
             return;
         }
         if stride > k {
@@ -233,7 +265,30 @@ impl Activations {
                 });
                 self.coded = tile;
             }
+            ActKind::Bf16 => {
+                let m = self.m;
+                self.tiles.resize(m.div_ceil(TILE_ROWS) * blocks);
+                pool.for_each_part(&mut self.tiles, blocks, |index, tiles| {
+                    for at in 0..TILE_ROWS {
+                        match index * TILE_ROWS + at < m {
+                            true => {
+                                let values = row(index * TILE_ROWS + at);
+                                simd::dispatch(isa, EncodeTiles { values, tiles: &mut *tiles, at });
+                            }
+                            false => tiles.iter_mut().for_each(|tile| tile.0[at] = [0; LANES]),
+                        }
+                    }
+                });
+                self.tiled = true;
+            }
         }
+    }
+
+    /// The 16 rows from `row` on, a multiple of 16, in tiles, block after block.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(crate) fn tiles(&self, row: usize) -> &[TileLines] {
+        &self.tiles[row / TILE_ROWS * self.blocks()..][..self.blocks()]
     }
 
     pub(crate) fn blocks(&self) -> usize {

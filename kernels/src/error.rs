@@ -103,7 +103,7 @@ pub enum KernelError {
         why: String,
     },
     /// `NIBBLE_ISA` holds a word that names no instruction set.
-    #[error("NIBBLE_ISA={found}; known: scalar, avx2, avxvnni, avx512")]
+    #[error("NIBBLE_ISA={found}; known: scalar, avx2, avxvnni, avx512, amx")]
     IsaName {
         /// The word found.
         found: String,

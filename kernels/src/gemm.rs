@@ -18,6 +18,8 @@ mod int;
 mod scratch;
 mod table;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use table::{GEMMS, GemmKernel, select};
 
@@ -31,6 +33,10 @@ const REGION: usize = 8;
 const ROW_BYTES: usize = 160 << 10;
 /// Panels of one task.
 const TASK_PANELS: usize = 4;
+/// Panels of one task at most, and its rows, where tiles are multiplied: a decoded panel should meet many rows, and rows
+/// that were brought from afar many panels.
+const TILED_TASK_PANELS: usize = 8;
+const TILED_TASK_ROWS: usize = 512;
 /// Activation rows come in this many, so that a task is whole tiles for every kernel.
 const ROW_STEP: usize = 16;
 
@@ -142,10 +148,8 @@ fn run_row(pool: &Pool, x: &Activations, jobs: &[Option<Job>]) {
 /// Many activation rows: tasks of some panels by some rows, rows outermost so that they stay in cache.
 fn run_rows(pool: &Pool, x: &Activations, jobs: &[Option<Job>]) {
     let m = x.m();
-    let widest = jobs.iter().flatten().map(|job| job.kernel.act.bytes()).max().unwrap_or(1);
-    let fitting = ROW_BYTES / (x.stride() * widest).max(1) / ROW_STEP * ROW_STEP;
-    let rows = fitting.max(ROW_STEP);
-    let tasks = |job: &Job| job.panels().div_ceil(TASK_PANELS);
+    let rows = jobs.iter().flatten().map(|job| job.task_rows(x)).min().unwrap_or(ROW_STEP);
+    let tasks = |job: &Job| job.panels().div_ceil(job.task_panels(pool));
     let total: usize = jobs.iter().flatten().map(tasks).sum();
     if total == 0 {
         return;
@@ -154,8 +158,9 @@ fn run_rows(pool: &Pool, x: &Activations, jobs: &[Option<Job>]) {
         let (first, mut task) = (task / total * rows, task % total);
         for job in jobs.iter().flatten() {
             if task < tasks(job) {
-                let start = task * TASK_PANELS;
-                return job.run(x, start..job.panels().min(start + TASK_PANELS), first..m.min(first + rows));
+                let panels = job.task_panels(pool);
+                let start = task * panels;
+                return job.run(x, start..job.panels().min(start + panels), first..m.min(first + rows));
             }
             task -= tasks(job);
         }
@@ -165,6 +170,23 @@ fn run_rows(pool: &Pool, x: &Activations, jobs: &[Option<Job>]) {
 impl Job<'_> {
     fn panels(&self) -> usize {
         self.weight.n().div_ceil(crate::PANEL)
+    }
+
+    /// Activation rows of a task.
+    fn task_rows(&self, x: &Activations) -> usize {
+        match self.kernel.act {
+            // Only a slab of their columns is in use at a time.
+            ActKind::Bf16 => TILED_TASK_ROWS,
+            act => (ROW_BYTES / (x.stride() * act.bytes()).max(1) / ROW_STEP * ROW_STEP).max(ROW_STEP),
+        }
+    }
+
+    /// Panels of a task.
+    fn task_panels(&self, pool: &Pool) -> usize {
+        match self.kernel.act {
+            ActKind::Bf16 => (self.panels() / (4 * pool.threads())).next_multiple_of(2).clamp(2, TILED_TASK_PANELS),
+            _ => TASK_PANELS,
+        }
     }
 
     fn run(&self, x: &Activations, panels: std::ops::Range<usize>, rows: std::ops::Range<usize>) {

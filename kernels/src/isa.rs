@@ -1,6 +1,8 @@
 //! Which instructions this process may use: what the CPU has, capped by `NIBBLE_ISA`.
 
 use crate::KernelError;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::amx_is_allowed;
 use std::sync::OnceLock;
 
 /// An instruction set that kernels are written for, narrowest first.
@@ -14,11 +16,13 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 F, BW, DQ, VL and VNNI (Ice Lake, Zen 4 and later).
     Avx512,
+    /// AVX-512 with the tiles of AMX-INT8 (Sapphire Rapids and later, where the system allows them).
+    Amx,
 }
 
 impl Isa {
     /// Every instruction set, narrowest first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Amx];
 
     /// The word for it in kernel names and in `NIBBLE_ISA`.
     pub const fn name(self) -> &'static str {
@@ -27,6 +31,7 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 
@@ -49,6 +54,7 @@ impl Isa {
                         && is_x86_feature_detected!("avx512vl")
                         && is_x86_feature_detected!("avx512vnni")
                 }
+                Isa::Amx => Isa::Avx512.is_present() && amx_is_allowed(),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -63,7 +69,7 @@ impl Isa {
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
-            let cap = Self::cap().unwrap_or(Some(Isa::Scalar)).unwrap_or(Isa::Avx512);
+            let cap = Self::cap().unwrap_or(Some(Isa::Scalar)).unwrap_or(Isa::Amx);
             Isa::ALL.into_iter().rev().find(|isa| *isa <= cap && isa.is_present()).unwrap_or(Isa::Scalar)
         })
     }

@@ -18,7 +18,7 @@ pub mod pool;
 pub mod simd;
 pub mod weight;
 
-pub use act::{ActKind, Activations};
+pub use act::{ActKind, Activations, TILED_ROWS};
 pub use error::KernelError;
 pub use gemm::{GEMMS, GemmKernel, Product, multiply};
 pub use isa::Isa;

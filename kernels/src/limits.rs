@@ -40,11 +40,29 @@ pub fn read_bandwidth(pool: &Pool) -> f64 {
 /// Multiply-adds a second of 8-bit integers that the pool's threads do together, operands in the first-level cache,
 /// with the widest instructions that this process may use.
 pub fn int8_peak(pool: &Pool) -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::best() == Isa::Amx {
+        return tile_peak(pool);
+    }
     best(|| {
         pool.run(&|_, _| {
             black_box(simd::dispatch(Isa::best(), Multiply));
         });
         (pool.threads() * PRODUCTS * BYTES) as f64
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn tile_peak(pool: &Pool) -> f64 {
+    let times = PRODUCTS * BYTES / simd::REGISTER_PRODUCTS;
+    let operand = simd::TileLines([[0x0305_0307; simd::LANES]; simd::TILE_ROWS]);
+    best(|| {
+        pool.run(&|_, _| {
+            if let Some(amx) = simd::Amx::new() {
+                amx.multiply_registers(times, black_box(&operand));
+            }
+        });
+        (pool.threads() * times * simd::REGISTER_PRODUCTS) as f64
     })
 }
 

@@ -29,11 +29,15 @@
 //! an oracle for the others bit for bit, and a model's output doesn't depend on the machine.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod scalar;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::{Amx, REGISTER_PRODUCTS, is_allowed as amx_is_allowed};
 #[cfg(target_arch = "x86_64")]
 pub use avx2::{Avx2, AvxVnni, Ymm};
 #[cfg(target_arch = "x86_64")]
@@ -41,12 +45,21 @@ pub use avx512::Avx512;
 pub use scalar::Scalar;
 
 use crate::Isa;
+use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 
 /// Lanes of a vector: 16 numbers of 32 bits.
 pub const LANES: usize = 16;
 /// Bytes of a vector.
 pub const BYTES: usize = 64;
+
+/// Lines of a tile.
+pub(crate) const TILE_ROWS: usize = 16;
+
+/// A tile register in memory: 16 lines of 16 numbers, or of 16 pairs of shorter ones.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(crate) struct TileLines(pub(crate) [[u32; LANES]; TILE_ROWS]);
 
 /// Work that can be compiled for any instruction set: a struct of its arguments.
 pub trait SimdOp {
@@ -61,7 +74,7 @@ pub trait SimdOp {
 pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
     #[cfg(target_arch = "x86_64")]
     match isa {
-        Isa::Avx512 => {
+        Isa::Avx512 | Isa::Amx => {
             if let Some(s) = Avx512::new() {
                 return s.vectorize(op);
             }
@@ -91,6 +104,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Whether dot products are multiplied by a 16-bit integer on the way, which costs nothing where sums of 16 bits are
     /// widened by a multiplication anyway.
     const MULTIPLIES: bool;
+    /// Panels whose sums fit in registers together, for a few activation rows.
+    const PANELS: usize = 1;
 
     /// 16 single-precision numbers.
     type F32: Copy;

@@ -14,7 +14,7 @@ mod numbers;
 mod packed;
 
 pub(crate) use numbers::{GroupNumbers, PackedNumbers};
-pub(crate) use packed::{Body, Grid, PackedZeros};
+pub(crate) use packed::{Body, Grid, NARROW, PackedZeros};
 pub use packed::{PackedWeight, WeightKind};
 
 use half::{bf16, f16};

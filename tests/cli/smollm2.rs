@@ -22,6 +22,9 @@ fn smollm2_writes_the_golden_text() {
         assert_eq!(answer["text"], case["text"], "{prompt}");
         assert_eq!(answer["tokens"], case["ids"], "{prompt}");
     }
+    // What a GGUF file holds under its own names is what was imported under Hugging Face's.
+    let difference = place.run(&["diff", models[1], models[0], "--json"]).json();
+    assert_eq!(difference["identical"], true);
     // One step or two, the same weights; and what is beside them.
     for (source, out) in [(models[0], "two"), (models[1], "one")] {
         place.run(&["quantize", source, "-o", out, "--scheme", "int4-g32"]).ok();

@@ -50,7 +50,7 @@ pub struct Bench {
     #[arg(short, long, value_enum, default_value_t = Format::Md)]
     output: Format,
     /// Numbers that activations are in
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Activations::Int8)]
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Activations::Auto)]
     activations: Activations,
     /// How keys and values are kept
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]

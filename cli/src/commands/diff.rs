@@ -7,8 +7,10 @@ use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
 use nibble_quant::convert::{self, Difference};
-use nibble_quant::format;
+use nibble_quant::format::gguf::GgufCheckpoint;
+use nibble_quant::format::{self, TensorSource};
 use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 
 /// Compare two checkpoints of any formats tensor by tensor: signal-to-noise ratio, largest error, cosine
 #[derive(Debug, clap::Args)]
@@ -36,8 +38,8 @@ pub struct Diff {
 impl Run for Diff {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
-        let reference = format::open(&crate::hub::checkpoint(session, &self.reference)?)?;
-        let other = format::open(&crate::hub::checkpoint(session, &self.other)?)?;
+        let paths = [crate::hub::checkpoint(session, &self.reference)?, crate::hub::checkpoint(session, &self.other)?];
+        let [reference, other] = open(&paths)?;
         let meter = Meter::new(session, "diff", "tensors");
         let tensors = reference.infos().iter().filter(|info| info.stored.is_float()).count();
         meter.begin(tensors as u64, 0);
@@ -62,6 +64,19 @@ impl Run for Diff {
             _ => Ok(()),
         }
     }
+}
+
+/// Both checkpoints; of a GGUF file beside something else, the names and the order of rows that the other has.
+fn open([first, second]: &[PathBuf; 2]) -> Result<[Box<dyn TensorSource>; 2]> {
+    let is_gguf = |path: &Path| anyhow::Ok(format::detect(path)?.name == "gguf");
+    let translate = is_gguf(first)? != is_gguf(second)?;
+    let open = |path: &Path| -> Result<Box<dyn TensorSource>> {
+        if translate && is_gguf(path)? {
+            return Ok(Box::new(GgufCheckpoint::open(path)?));
+        }
+        Ok(format::open(path)?)
+    };
+    Ok([open(first)?, open(second)?])
 }
 
 fn table(differences: &[Difference], bad: Option<&Difference>) -> Table {

@@ -24,7 +24,7 @@ const TIME: Duration = Duration::from_millis(200);
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: nibble kernels --time --threads 1
 
-Picked kernels are marked `<--`; NIBBLE_ISA=scalar|avx2|avxvnni|avx512 caps what may be picked. GB/s are bytes of weight
+Picked kernels are marked `<--`; NIBBLE_ISA=scalar|avx2|avxvnni|avx512|amx caps what may be picked. GB/s are bytes of weight
 read; TOPS count a multiply-add as two operations. A weight that fits into the cache is read faster than from memory:
 --shape makes it larger.")]
 pub struct Kernels {

@@ -43,7 +43,7 @@ impl Decode for Linear8 {
 /// The kernel for codes `D`, `MR` rows at a time.
 pub(super) fn run<S: Simd, D: Decode, const MR: usize>(tile: &Tile) {
     if let (Some(s), Body::Grid(grid)) = (S::new(), &tile.weight.body) {
-        Scratch::with(|scratch| s.vectorize(Run::<D, MR> { tile, grid, scratch, decode: PhantomData }));
+        Scratch::with(|[scratch, _]| s.vectorize(Run::<D, MR> { tile, grid, scratch, decode: PhantomData }));
     }
 }
 
@@ -148,6 +148,6 @@ impl<S: Simd, D: Decode> Inner<S> for Float<'_, D> {
 
 static ZEROS: [f32; BLOCK] = [0.0; BLOCK];
 
-fn table(levels: &Levels) -> [f32; 16] {
+pub(super) fn table(levels: &Levels) -> [f32; 16] {
     std::array::from_fn(|code| levels.value(code as u8))
 }

@@ -14,7 +14,7 @@
 
 mod codes;
 
-use super::scratch::{Scratch, mask, twice};
+use super::scratch::{PANELS, Scratch, mask, twice};
 use super::tile::Tile;
 use crate::simd::{BYTES, Simd, SimdOp};
 use crate::weight::{Body, Grid};
@@ -35,7 +35,7 @@ pub(super) fn linear4<S: Simd, const MR: usize>(tile: &Tile) {
 /// The kernel for 4-bit codes through a table: the narrow one where there is one and levels allow it.
 pub(super) fn table4<S: Simd, const MR: usize>(tile: &Tile) {
     match &tile.weight.body {
-        Body::Grid(grid) if S::MULTIPLIES && Narrow4::fits(grid) => run::<S, Narrow4, MR>(tile),
+        Body::Grid(grid) if S::MULTIPLIES && grid.narrow => run::<S, Narrow4, MR>(tile),
         _ => run::<S, Table4, MR>(tile),
     }
 }
@@ -54,7 +54,7 @@ fn run<S: Simd, C: Codes, const MR: usize>(tile: &Tile) {
 struct Run<'a, C, const MR: usize> {
     tile: &'a Tile<'a>,
     grid: &'a Grid,
-    scratch: &'a mut Scratch,
+    scratch: &'a mut [Scratch; PANELS],
     codes: PhantomData<C>,
 }
 
@@ -62,55 +62,107 @@ impl<C: Codes, const MR: usize> SimdOp for Run<'_, C, MR> {
     type Output = ();
 
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let Run { tile, grid, scratch, .. } = self;
-        let blocks = tile.x.blocks();
-        for panel in tile.panels.clone() {
-            scratch.fill(s, grid, panel, S::MULTIPLIES);
-            for zero in scratch.zeros.as_flattened_mut() {
-                *zero = twice(-(*zero + C::shift::<S>()));
+    fn eval<S: Simd>(mut self, s: S) {
+        let Range { start: mut panel, end } = self.tile.panels;
+        if MR > 1 && S::PANELS == PANELS {
+            while panel + PANELS <= end {
+                self.many::<S, PANELS>(s, panel);
+                panel += PANELS;
             }
-            let table = C::table(s, &grid.levels);
-            let packed: &[[u8; BYTES]] = &grid.codes.as_chunks().0[panel * blocks * C::LINES..][..blocks * C::LINES];
+        }
+        while panel < end {
             if MR == 1 {
-                for row in tile.rows.clone() {
-                    let start = [s.splat(0.0); MR];
-                    let part = Part::<C> { tile, grid, scratch: &*scratch, codes: PhantomData };
-                    let sums = part.rows::<S, MR, false>(s, table, packed, 0..blocks, row, start);
-                    part.finish::<S, MR>(s, panel, row, sums);
-                }
-                continue;
+                self.each(s, panel);
+            } else {
+                self.many::<S, 1>(s, panel);
             }
+            panel += 1;
+        }
+    }
+}
+
+impl<C: Codes, const MR: usize> Run<'_, C, MR> {
+    /// Makes a panel's numbers ready.
+    #[inline(always)]
+    fn prepare<S: Simd>(&mut self, s: S, panel: usize, side: usize) {
+        let scratch = &mut self.scratch[side];
+        scratch.fill(s, self.grid, panel, S::MULTIPLIES);
+        for zero in scratch.zeros.as_flattened_mut() {
+            *zero = twice(C::ORIGIN - C::Sum::bias::<S>() - *zero);
+        }
+    }
+
+    /// One panel, decoded in registers, by one row after another.
+    #[inline(always)]
+    fn each<S: Simd>(&mut self, s: S, panel: usize) {
+        self.prepare(s, panel, 0);
+        let (tile, grid, scratch) = (self.tile, self.grid, &self.scratch[0]);
+        let blocks = tile.x.blocks();
+        let packed = &grid.codes.as_chunks().0[panel * blocks * C::LINES..][..blocks * C::LINES];
+        let table = C::table(s, &grid.levels);
+        let part = Part::<C, 1> { tile, grid, scratch: [scratch], codes: PhantomData };
+        for row in tile.rows.clone() {
+            let start = [[s.splat(0.0); MR]; 1];
+            let sums = part.rows::<S, MR, false>(s, table, [packed], 0..blocks, row, start);
+            part.finish::<S, MR>(s, panel, row, sums);
+        }
+    }
+
+    /// `NP` panels, a slab after another, by `MR` rows at a time.
+    #[inline(always)]
+    fn many<S: Simd, const NP: usize>(&mut self, s: S, panel: usize) {
+        for side in 0..NP {
+            self.prepare(s, panel + side, side);
+        }
+        let (tile, grid) = (self.tile, self.grid);
+        let blocks = tile.x.blocks();
+        let table = C::table(s, &grid.levels);
+        for scratch in &mut self.scratch[..NP] {
             scratch.sums.resize(tile.rows.len().next_multiple_of(MR), Default::default());
-            let mut first = 0;
-            // Once even without any block.
-            while first == 0 || first < blocks {
-                let slab = first..blocks.min(first + SLAB);
-                let packed = &packed[slab.start * C::LINES..slab.end * C::LINES];
+        }
+        let mut first = 0;
+        // Once even without any block.
+        while first == 0 || first < blocks {
+            let slab = first..blocks.min(first + SLAB);
+            let mut packed: [&[[u8; BYTES]]; NP] = [&[]; NP];
+            for side in 0..NP {
+                let from = (panel + side) * blocks;
+                packed[side] = &grid.codes.as_chunks().0[(from + slab.start) * C::LINES..(from + slab.end) * C::LINES];
                 if C::DECODES {
-                    decode::<S, C>(s, table, packed, &mut scratch.lines);
+                    decode::<S, C>(s, table, packed[side], &mut self.scratch[side].lines);
                 }
-                for row in tile.rows.clone().step_by(MR) {
-                    let at = row - tile.rows.start;
-                    let mut sums = [s.splat(0.0); MR];
-                    if first > 0 {
-                        for r in 0..MR {
-                            sums[r] = s.load(&scratch.sums[at + r]);
-                        }
-                    }
-                    let part = Part::<C> { tile, grid, scratch: &*scratch, codes: PhantomData };
-                    let lines = if C::DECODES { &scratch.lines } else { packed };
-                    sums = part.rows::<S, MR, true>(s, table, lines, slab.clone(), row, sums);
-                    if slab.end == blocks {
-                        part.finish::<S, MR>(s, panel, row, sums);
-                    } else {
-                        for r in 0..MR {
-                            s.store(sums[r], &mut scratch.sums[at + r]);
-                        }
-                    }
-                }
-                first += SLAB;
             }
+            for row in tile.rows.clone().step_by(MR) {
+                let at = row - tile.rows.start;
+                let mut sums = [[s.splat(0.0); MR]; NP];
+                if first > 0 {
+                    for side in 0..NP {
+                        for r in 0..MR {
+                            sums[side][r] = s.load(&self.scratch[side].sums[at + r]);
+                        }
+                    }
+                }
+                let mut scratch = [&self.scratch[0]; NP];
+                let mut lines = packed;
+                for side in 0..NP {
+                    scratch[side] = &self.scratch[side];
+                    if C::DECODES {
+                        lines[side] = &self.scratch[side].lines;
+                    }
+                }
+                let part = Part::<C, NP> { tile, grid, scratch, codes: PhantomData };
+                sums = part.rows::<S, MR, true>(s, table, lines, slab.clone(), row, sums);
+                if slab.end == blocks {
+                    part.finish::<S, MR>(s, panel, row, sums);
+                } else {
+                    for side in 0..NP {
+                        for r in 0..MR {
+                            s.store(sums[side][r], &mut self.scratch[side].sums[at + r]);
+                        }
+                    }
+                }
+            }
+            first += SLAB;
         }
     }
 }
@@ -126,29 +178,28 @@ fn decode<S: Simd, C: Codes>(s: S, table: C::Table<S>, packed: &[[u8; BYTES]], l
     }
 }
 
-/// One panel, ready for its activation rows.
-struct Part<'a, C> {
+/// Panels, ready for their activation rows.
+struct Part<'a, C, const NP: usize> {
     tile: &'a Tile<'a>,
     grid: &'a Grid,
-    scratch: &'a Scratch,
+    scratch: [&'a Scratch; NP],
     codes: PhantomData<C>,
 }
 
-impl<C: Codes> Part<'_, C> {
+impl<C: Codes, const NP: usize> Part<'_, C, NP> {
     /// Adds the blocks of `slab` to the sums of `MR` rows; `lines` are the slab's, decoded or not.
     #[inline(always)]
     fn rows<S: Simd, const MR: usize, const DECODED: bool>(
         &self,
         s: S,
         table: C::Table<S>,
-        lines: &[[u8; BYTES]],
+        lines: [&[[u8; BYTES]]; NP],
         slab: Range<usize>,
         row: usize,
-        mut sums: [S::F32; MR],
-    ) -> [S::F32; MR] {
+        mut sums: [[S::F32; MR]; NP],
+    ) -> [[S::F32; MR]; NP] {
         let x = &self.tile.x.coded_tile::<MR>(row)[slab.clone()];
-        let Scratch { numbers, integers, zeros, .. } = self.scratch;
-        let (every_zero, every_integer) = (mask(zeros), mask(integers));
+        let (every_zero, every_integer) = (mask(&self.scratch[0].zeros), mask(&self.scratch[0].integers));
         let group_blocks = self.grid.group_blocks;
         let per_block = if DECODED { QUADS } else { C::LINES };
         let mut group = slab.start / group_blocks;
@@ -156,51 +207,75 @@ impl<C: Codes> Part<'_, C> {
         // Indices instead of zipped iterators, whose calls are not always inlined here.
         while at < slab.len() {
             let end = slab.len().min((group + 1) * group_blocks - slab.start);
-            let integer = s.load_i32(&integers[group & every_integer]);
-            let zero = s.load_i32(&zeros[group & every_zero]);
+            let mut integer = [s.splat_i32(0); NP];
+            let mut zero = [s.splat_i32(0); NP];
+            for p in 0..NP {
+                integer[p] = s.load_i32(&self.scratch[p].integers[group & every_integer]);
+                zero[p] = s.load_i32(&self.scratch[p].zeros[group & every_zero]);
+            }
             for block in at..end {
-                let (lines, x) = (&lines[block * per_block..][..per_block], &x[block]);
-                if MR == 1 {
-                    prefetch(s, lines);
-                }
-                let mut totals = [integer; MR];
-                for part in 0..C::Sum::PARTS {
-                    let mut dots = [C::Sum::start(s, zero, integer, &x[0], part); MR];
-                    for r in 1..MR {
-                        dots[r] = C::Sum::start(s, zero, integer, &x[r], part);
+                let x = &x[block];
+                let mut block_lines = lines;
+                for p in 0..NP {
+                    block_lines[p] = &lines[p][block * per_block..][..per_block];
+                    if MR == 1 {
+                        prefetch(s, block_lines[p]);
                     }
-                    let lines = &lines[part * per_block / C::Sum::PARTS..][..per_block / C::Sum::PARTS];
-                    let quad = part * QUADS / C::Sum::PARTS;
-                    for i in 0..lines.len() {
-                        let bytes = s.load_bytes(&lines[i]);
+                }
+                let mut totals = [[integer[0]; MR]; NP];
+                for part in 0..C::Sum::PARTS {
+                    let mut dots = [[C::Sum::start(s, zero[0], integer[0], &x[0], part); MR]; NP];
+                    for p in 0..NP {
+                        for r in 0..MR {
+                            dots[p][r] = C::Sum::start(s, zero[p], integer[p], &x[r], part);
+                        }
+                    }
+                    let (lines, quad) = (per_block / C::Sum::PARTS, part * QUADS / C::Sum::PARTS);
+                    for i in part * lines..(part + 1) * lines {
                         if DECODED || C::LINES == QUADS {
-                            let bytes = if C::DECODES { bytes } else { C::decode(s, table, bytes)[0] };
-                            let bytes = C::Sum::bytes(s, bytes);
+                            let mut bytes = [C::Sum::bytes(s, s.load_bytes(&block_lines[0][i])); NP];
+                            for p in 0..NP {
+                                let line = s.load_bytes(&block_lines[p][i]);
+                                let line = if C::DECODES { line } else { C::decode(s, table, line)[0] };
+                                bytes[p] = C::Sum::bytes(s, line);
+                            }
                             for r in 0..MR {
-                                dots[r] = C::Sum::dot(s, dots[r], bytes, s.splat4(&x[r].quads[quad + i]), integer);
+                                let x = s.splat4(&x[r].quads[quad + i - part * lines]);
+                                for p in 0..NP {
+                                    dots[p][r] = C::Sum::dot(s, dots[p][r], bytes[p], x, integer[p]);
+                                }
                             }
                         } else {
-                            let [low, high] = C::decode(s, table, bytes);
-                            let (low, high) = (C::Sum::bytes(s, low), C::Sum::bytes(s, high));
-                            for r in 0..MR {
-                                let quads = &x[r].quads;
-                                dots[r] = C::Sum::dot(s, dots[r], low, s.splat4(&quads[quad + 2 * i]), integer);
-                                dots[r] = C::Sum::dot(s, dots[r], high, s.splat4(&quads[quad + 2 * i + 1]), integer);
+                            for p in 0..NP {
+                                let [low, high] = C::decode(s, table, s.load_bytes(&block_lines[p][i]));
+                                let (low, high) = (C::Sum::bytes(s, low), C::Sum::bytes(s, high));
+                                let quad = quad + 2 * (i - part * lines);
+                                for r in 0..MR {
+                                    let quads = &x[r].quads;
+                                    dots[p][r] = C::Sum::dot(s, dots[p][r], low, s.splat4(&quads[quad]), integer[p]);
+                                    dots[p][r] =
+                                        C::Sum::dot(s, dots[p][r], high, s.splat4(&quads[quad + 1]), integer[p]);
+                                }
                             }
                         }
                     }
-                    for r in 0..MR {
-                        let total = C::Sum::total(s, dots[r], integer);
-                        totals[r] = if part == 0 { total } else { s.add_i32(totals[r], total) };
+                    for p in 0..NP {
+                        for r in 0..MR {
+                            let total = C::Sum::total(s, dots[p][r], integer[p]);
+                            totals[p][r] = if part == 0 { total } else { s.add_i32(totals[p][r], total) };
+                        }
                     }
                 }
-                for r in 0..MR {
-                    let mut part = s.to_f32(totals[r]);
+                for p in 0..NP {
                     // Without numbers the integers were multiplied in already.
-                    if let Some(number) = numbers.get(group) {
-                        part = s.mul(part, s.load(number));
+                    let number = self.scratch[p].numbers.get(group);
+                    for r in 0..MR {
+                        let mut part = s.to_f32(totals[p][r]);
+                        if let Some(number) = number {
+                            part = s.mul(part, s.load(number));
+                        }
+                        sums[p][r] = s.fma(part, s.splat(x[r].scale), sums[p][r]);
                     }
-                    sums[r] = s.fma(part, s.splat(x[r].scale), sums[r]);
                 }
             }
             at = end;
@@ -211,25 +286,30 @@ impl<C: Codes> Part<'_, C> {
 
     /// Second level, minimums, and what all kernels add; stores the rows that there are.
     #[inline(always)]
-    fn finish<S: Simd, const MR: usize>(&self, s: S, panel: usize, row: usize, mut sums: [S::F32; MR]) {
+    fn finish<S: Simd, const MR: usize>(&self, s: S, panel: usize, row: usize, mut sums: [[S::F32; MR]; NP]) {
         let (x, group_blocks) = (self.tile.x.coded_tile::<MR>(row), self.grid.group_blocks);
-        for r in 0..MR {
-            sums[r] = s.mul(sums[r], s.load(&self.scratch.factor));
-        }
-        for group in 0..self.scratch.mins.len() {
-            let first = group * group_blocks;
-            let mut x_sums = [0.0; MR];
-            for block in first..x.len().min(first + group_blocks) {
-                for r in 0..MR {
-                    x_sums[r] += x[block][r].scaled_sum();
-                }
-            }
+        for p in 0..NP {
+            let Scratch { factor, mins, .. } = self.scratch[p];
             for r in 0..MR {
-                sums[r] = s.fma(s.load(&self.scratch.mins[group]), s.splat(x_sums[r]), sums[r]);
+                sums[p][r] = s.mul(sums[p][r], s.load(factor));
+            }
+            for group in 0..mins.len() {
+                let first = group * group_blocks;
+                let mut x_sums = [0.0; MR];
+                for block in first..x.len().min(first + group_blocks) {
+                    for r in 0..MR {
+                        x_sums[r] += x[block][r].scaled_sum();
+                    }
+                }
+                for r in 0..MR {
+                    sums[p][r] = s.fma(s.load(&mins[group]), s.splat(x_sums[r]), sums[p][r]);
+                }
             }
         }
         for r in 0..MR.min(self.tile.rows.end - row) {
-            self.tile.finish(s, panel, row + r, sums[r]);
+            for p in 0..NP {
+                self.tile.finish(s, panel + p, row + r, sums[p][r]);
+            }
         }
     }
 }

@@ -5,6 +5,9 @@ use crate::simd::{BYTES, LANES, Simd};
 use crate::weight::{Grid, GroupNumbers, PackedZeros};
 use std::cell::RefCell;
 
+/// Panels that a thread holds at most.
+pub(super) const PANELS: usize = 2;
+
 /// Buffers that a thread uses for panel after panel.
 #[derive(Default)]
 pub(super) struct Scratch {
@@ -26,7 +29,7 @@ pub(super) struct Scratch {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCRATCH: RefCell<[Scratch; PANELS]> = RefCell::default();
 }
 
 /// Two equal 16-bit integers in one lane.
@@ -37,7 +40,7 @@ pub(super) fn twice(v: i32) -> i32 {
 
 impl Scratch {
     /// Calls `f` with this thread's buffers.
-    pub(super) fn with<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+    pub(super) fn with<R>(f: impl FnOnce(&mut [Scratch; PANELS]) -> R) -> R {
         SCRATCH.with_borrow_mut(f)
     }
 

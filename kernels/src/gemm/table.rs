@@ -1,8 +1,10 @@
 //! The kernels, one row each: dispatch, tests, benches and `nibble kernels` walk this table.
 
 use super::tile::Tile;
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{dense, float, int};
-use crate::act::ActKind;
+use crate::act::{ActKind, TILED_ROWS};
 use crate::simd::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512, AvxVnni};
@@ -37,11 +39,14 @@ impl std::fmt::Debug for GemmKernel {
 impl GemmKernel {
     /// Whether it is meant for this problem on a CPU with the instructions of `isa`.
     ///
-    /// Weights without a kernel for [`ActKind::I8`] are multiplied in single precision.
+    /// Weights without a kernel for [`ActKind::I8`] are multiplied in single precision, as dense ones always are.
     pub fn accepts(&self, weight: WeightKind, act: ActKind, m: usize, isa: Isa) -> bool {
-        let coded = matches!(weight, WeightKind::W4Lin | WeightKind::W4Tab | WeightKind::W8);
-        let act = if coded { act } else { ActKind::F32 };
-        let includes = self.isa <= isa && !(self.isa == Isa::AvxVnni && isa == Isa::Avx512);
+        let act = match act {
+            ActKind::Bf16 if weight.is_quantized() && m >= TILED_ROWS && isa == Isa::Amx => ActKind::Bf16,
+            ActKind::I8 | ActKind::Bf16 if weight.has_byte_levels() => ActKind::I8,
+            _ => ActKind::F32,
+        };
+        let includes = self.isa <= isa && !(self.isa == Isa::AvxVnni && isa > Isa::AvxVnni);
         includes && self.weight == weight && self.act == act && (self.rows == 1) == (m == 1)
     }
 }
@@ -65,17 +70,22 @@ macro_rules! gemm {
     };
 }
 
-/// All kernels of an instruction set with `$mr` activation rows in registers, and those for single rows.
+/// All kernels of an instruction set, with `$int` rows of bytes or `$mr` float rows in registers, and those for single rows.
 macro_rules! gemms {
-    ($($(#[$when:meta])* $isa:ident $isa_word:literal, $mr:literal;)*) => {
+    ($($(#[$when:meta])* $isa:ident $isa_word:literal, $int:literal, $mr:literal;)*) => {
         /// Every kernel, widest instruction set first.
-        pub static GEMMS: &[GemmKernel] = &[$(
+        pub static GEMMS: &[GemmKernel] = &[
+            #[cfg(target_arch = "x86_64")] gemm!(W4Lin "w4lin", Bf16 "bf16", 32, Amx "amx", tiles::codes4),
+            #[cfg(target_arch = "x86_64")] gemm!(W4Tab "w4tab", Bf16 "bf16", 32, Amx "amx", tiles::codes4),
+            #[cfg(target_arch = "x86_64")] gemm!(W4Flt "w4flt", Bf16 "bf16", 32, Amx "amx", tiles::codes4),
+            #[cfg(target_arch = "x86_64")] gemm!(W8 "w8", Bf16 "bf16", 32, Amx "amx", tiles::codes8),
+        $(
             $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", 1, $isa $isa_word, int::linear4::<$isa, 1>),
-            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", $mr, $isa $isa_word, int::linear4::<$isa, $mr>),
+            $(#[$when])* gemm!(W4Lin "w4lin", I8 "i8", $int, $isa $isa_word, int::linear4::<$isa, $int>),
             $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", 1, $isa $isa_word, int::table4::<$isa, 1>),
-            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $mr, $isa $isa_word, int::table4::<$isa, $mr>),
+            $(#[$when])* gemm!(W4Tab "w4tab", I8 "i8", $int, $isa $isa_word, int::table4::<$isa, $int>),
             $(#[$when])* gemm!(W8 "w8", I8 "i8", 1, $isa $isa_word, int::linear8::<$isa, 1>),
-            $(#[$when])* gemm!(W8 "w8", I8 "i8", $mr, $isa $isa_word, int::linear8::<$isa, $mr>),
+            $(#[$when])* gemm!(W8 "w8", I8 "i8", $int, $isa $isa_word, int::linear8::<$isa, $int>),
             $(#[$when])* gemm!(W4Lin "w4lin", F32 "f32", 1, $isa $isa_word, float::run::<$isa, float::Linear4, 1>),
             $(#[$when])* gemm!(W4Lin "w4lin", F32 "f32", $mr, $isa $isa_word, float::run::<$isa, float::Linear4, $mr>),
             $(#[$when])* gemm!(W4Tab "w4tab", F32 "f32", 1, $isa $isa_word, float::run::<$isa, float::Table4, 1>),
@@ -95,8 +105,8 @@ macro_rules! gemms {
 }
 
 gemms! {
-    #[cfg(target_arch = "x86_64")] Avx512 "avx512", 8;
-    #[cfg(target_arch = "x86_64")] AvxVnni "avxvnni", 4;
-    #[cfg(target_arch = "x86_64")] Avx2 "avx2", 4;
-    Scalar "scalar", 4;
+    #[cfg(target_arch = "x86_64")] Avx512 "avx512", 8, 8;
+    #[cfg(target_arch = "x86_64")] AvxVnni "avxvnni", 4, 4;
+    #[cfg(target_arch = "x86_64")] Avx2 "avx2", 4, 4;
+    Scalar "scalar", 4, 4;
 }

@@ -29,6 +29,7 @@ impl Simd for Avx512 {
     const ISA: Isa = Isa::Avx512;
     const LEVEL_BIAS: i32 = 128;
     const MULTIPLIES: bool = false;
+    const PANELS: usize = 2;
 
     type F32 = __m512;
     type I32 = __m512i;

@@ -29,6 +29,16 @@ pub enum WeightKind {
 }
 
 impl WeightKind {
+    /// Whether there are codes and scales.
+    pub const fn is_quantized(self) -> bool {
+        matches!(self, WeightKind::W4Lin | WeightKind::W4Tab | WeightKind::W4Flt | WeightKind::W8)
+    }
+
+    /// Whether levels are bytes, for products in integers.
+    pub const fn has_byte_levels(self) -> bool {
+        matches!(self, WeightKind::W4Lin | WeightKind::W4Tab | WeightKind::W8)
+    }
+
     /// The word for it in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
@@ -76,7 +86,12 @@ pub(crate) struct Grid {
     pub(crate) groups: usize,
     pub(crate) scales: PackedNumbers,
     pub(crate) zeros: PackedZeros,
+    /// Whether table levels, and levels less zero points, are in `-NARROW..NARROW`.
+    pub(crate) narrow: bool,
 }
+
+/// Bound of levels whose products with bytes, summed over half a block, fit in 16 bits.
+pub(crate) const NARROW: i32 = 32;
 
 /// Zero points or minimums in panels.
 #[derive(Debug, Clone)]
@@ -118,6 +133,7 @@ impl PackedWeight {
             None => Outliers::default(),
         };
         let grid = Grid {
+            narrow: is_narrow(&levels, &zeros),
             levels,
             codes: pack_codes(n, k, &levels, codes)?,
             group_blocks: group.min(k.next_multiple_of(BLOCK)).div_ceil(BLOCK).max(1),
@@ -258,6 +274,19 @@ impl Grid {
             _ => panel[col / 8 * 64 + 4 * lane + col % 4] >> (col % 8 / 4 * 4) & 15,
         }
     }
+}
+
+fn is_narrow(levels: &Levels, zeros: &PackedZeros) -> bool {
+    let zero = match zeros {
+        PackedZeros::Const(zero) => *zero,
+        PackedZeros::Min(_) => 0,
+        PackedZeros::Int(_) => return false,
+    };
+    let range = -NARROW..NARROW;
+    matches!(levels, Levels::Table4(table) if table.iter().all(|level| {
+        let level = i32::from(*level);
+        range.contains(&level) && range.contains(&(level - zero))
+    }))
 }
 
 /// The zero points that kernels sum exactly.

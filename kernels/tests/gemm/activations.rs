@@ -1,8 +1,10 @@
 //! Activation codes: the nearest ones, the same everywhere, and nothing breaks them.
 
 use crate::cases::{self, KINDS, Weight};
-use nibble_kernels::{ActKind, Activations, BLOCK, KernelError, Pool, Product, WeightKind, multiply};
+use nibble_kernels::{ActKind, Activations, BLOCK, Isa, KernelError, Pool, Product, TILED_ROWS, WeightKind, multiply};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+
+const ACTS: [ActKind; 3] = [ActKind::F32, ActKind::I8, ActKind::Bf16];
 
 #[test]
 fn codes_are_the_nearest_on_their_blocks_grid() {
@@ -51,10 +53,10 @@ fn codes_are_the_nearest_on_their_blocks_grid() {
 fn a_value_that_is_not_finite_spoils_its_row_and_no_other() {
     let mut rng = StdRng::seed_from_u64(7);
     let pool = Pool::new(2);
-    let (m, n, k) = (6, 20, 70);
+    let (m, n, k) = (TILED_ROWS + 3, 20, 70);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for kind in KINDS {
-            for act in [ActKind::F32, ActKind::I8] {
+            for act in ACTS {
                 let mut weight = Weight::random(&mut rng, kind, n, k);
                 if let cases::Numeric::Grid { zeros, outliers, .. } = &mut weight.numeric {
                     (*zeros, *outliers) = (cases::Offset::Const(0), None);
@@ -68,8 +70,8 @@ fn a_value_that_is_not_finite_spoils_its_row_and_no_other() {
                 let product = Product { weight: &packed, bias: None, accumulate: false, out: &mut out };
                 multiply(&pool, &mut x, &mut [product], act).unwrap();
                 for (at, v) in out.iter().enumerate() {
-                    let coded =
-                        act == ActKind::I8 && matches!(kind, WeightKind::W4Lin | WeightKind::W4Tab | WeightKind::W8);
+                    let tiled = act == ActKind::Bf16 && kind.is_quantized() && Isa::best() == Isa::Amx;
+                    let coded = (act != ActKind::F32 && kind.has_byte_levels()) || tiled;
                     match at / n {
                         3 if coded || bad.is_nan() => assert!(v.is_nan(), "{kind:?} {act:?}: {v}"),
                         3 => assert!(!v.is_finite() || weight.parts(at % n, 41).1 == 0.0, "{kind:?} {act:?}: {v}"),
@@ -85,9 +87,9 @@ fn a_value_that_is_not_finite_spoils_its_row_and_no_other() {
 fn reuse_leaves_nothing_behind() {
     let mut rng = StdRng::seed_from_u64(8);
     let pool = Pool::new(1);
-    let mut reused = Activations::with_capacity(8, 576);
+    let mut reused = Activations::with_capacity(40, 576);
     let bytes = reused.bytes();
-    for (m, k) in [(8, 576), (1, 33), (3, 31), (8, 65), (2, 576), (1, 1)] {
+    for (m, k) in [(8, 576), (40, 576), (1, 33), (17, 31), (8, 65), (2, 576), (33, 65), (1, 1)] {
         let packed = Weight::random(&mut rng, WeightKind::W4Lin, 5, k).pack().unwrap();
         let rows = cases::activations(&mut rng, m, k);
         let mut fresh = Activations::with_capacity(m, k);
@@ -99,7 +101,7 @@ fn reuse_leaves_nothing_behind() {
             to.fill(f32::NAN);
             to[..k].copy_from_slice(&rows[row * k..][..k]);
         }
-        for act in [ActKind::F32, ActKind::I8] {
+        for act in ACTS {
             let outs = [&mut fresh, &mut reused].map(|x| {
                 let mut out = vec![f32::NAN; m * 5];
                 let product = Product { weight: &packed, bias: None, accumulate: false, out: &mut out };

@@ -254,6 +254,8 @@ pub struct Expected {
 
 /// Half the distance from 1 to the next float: the largest relative error of one rounding.
 const ROUNDING: f64 = 1.0 / (1 << 24) as f64;
+/// The same for bfloat16.
+const BF16_ROUNDING: f64 = 1.0 / (1 << 8) as f64;
 /// The largest absolute error of one rounding among denormals.
 const UNDERFLOW: f64 = f32::from_bits(1) as f64 / 2.0;
 
@@ -264,6 +266,7 @@ const UNDERFLOW: f64 = f32::from_bits(1) as f64 / 2.0;
 pub fn expected(weight: &Weight, x: &Activations, act: ActKind, row: usize, out: usize, extra: [f32; 2]) -> Expected {
     let coded = (act == ActKind::I8).then(|| codes(x, row));
     let (mut value, mut size, mut least_scale) = (0.0, 0.0, 1.0f64);
+    let (mut flushed, smallest) = (0.0, f64::from(f32::MIN_POSITIVE));
     for col in 0..weight.k {
         let x = match &coded {
             Some((codes, scales)) => f64::from(codes[col]) * f64::from(scales[col / BLOCK]),
@@ -273,6 +276,9 @@ pub fn expected(weight: &Weight, x: &Activations, act: ActKind, row: usize, out:
         let (scale, level, min) = (f64::from(scale), f64::from(level), f64::from(min));
         value += (scale * level + min) * x;
         size += (scale * level * x).abs() + (min * x).abs();
+        if x.abs() < smallest || (scale * level + min).abs() < smallest {
+            flushed += ((scale * level + min) * x).abs();
+        }
         least_scale = least_scale.max(scale.abs()).max(min.abs());
     }
     for (col, outlier) in weight.outliers(out) {
@@ -284,7 +290,13 @@ pub fn expected(weight: &Weight, x: &Activations, act: ActKind, row: usize, out:
         size += f64::from(extra).abs();
     }
     let roundings = (weight.k + 4 * weight.k.div_ceil(BLOCK) + weight.outliers(out).len() * 2 + 8) as f64;
-    Expected { value, bound: roundings * (ROUNDING * size + UNDERFLOW * least_scale) * (1.0 + roundings * ROUNDING) }
+    let exact = roundings * (ROUNDING * size + UNDERFLOW * least_scale) * (1.0 + roundings * ROUNDING);
+    let bound = match act {
+        // Both factors are rounded to 8 bits, and sums that are not normal numbers count as zero.
+        ActKind::Bf16 => exact + BF16_ROUNDING * (2.0 + BF16_ROUNDING) * size + flushed + roundings * smallest,
+        _ => exact,
+    };
+    Expected { value, bound }
 }
 
 /// A row's codes, and the scale of each block.

@@ -2,7 +2,7 @@
 
 use crate::cases::{self, KINDS, Weight};
 use crate::quick::{quick, thin};
-use nibble_kernels::{ActKind, Activations, GEMMS, GemmKernel, Isa, Pool, Product, WeightKind, multiply};
+use nibble_kernels::{ActKind, Activations, GEMMS, GemmKernel, Isa, Pool, Product, TILED_ROWS, WeightKind, multiply};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 fn usable(weight: WeightKind) -> impl Iterator<Item = &'static GemmKernel> {
@@ -20,7 +20,7 @@ fn every_kernel_equals_its_reference_and_its_siblings_bit_for_bit() {
     let pools = if quick() { vec![Pool::new(2)] } else { [1, 2, 3].map(Pool::new).into() };
     let shapes = [1, 15, 16, 17, 33].into_iter().flat_map(|n| [0, 1, 31, 32, 33, 96, 576, 896].map(|k| (n, k)));
     // Not a multiple of the kinds, or each kind would meet the same few numbers of rows for ever.
-    let ms = [1, 2, 3, 4, 5, 8, 17, 0];
+    let ms = [1, 2, 3, 4, 5, 8, 17, 0, 33, 64, 1];
     assert_ne!(ms.len() % KINDS.len(), 0);
     let mut ms = ms.into_iter().cycle();
     for (n, k) in thin(5, shapes) {
@@ -32,7 +32,7 @@ fn every_kernel_equals_its_reference_and_its_siblings_bit_for_bit() {
             x.fill(m, k, &cases::activations(&mut rng, m, k)).unwrap();
             let bias: Option<Vec<f32>> = rng.random::<bool>().then(|| (0..n).map(|v| v as f32 - 3.5).collect());
             let before: Option<Vec<f32>> = rng.random::<bool>().then(|| (0..m * n).map(|v| 0.1 * v as f32).collect());
-            let mut first: [Option<Vec<u32>>; 2] = [None, None];
+            let mut first: [Option<Vec<u32>>; 3] = [None, None, None];
             for kernel in usable(kind) {
                 for pool in &pools {
                     let mut out = before.clone().unwrap_or(vec![f32::NAN; m * n]);
@@ -40,7 +40,7 @@ fn every_kernel_equals_its_reference_and_its_siblings_bit_for_bit() {
                     let product = Product { weight: &packed, bias: bias.as_deref(), accumulate, out: &mut out };
                     kernel.multiply(pool, &mut x, product).unwrap();
                     let what = || format!("{kernel:?}, {} threads, m {m}, {weight:?}", pool.threads());
-                    let seen = &mut first[usize::from(kernel.act == ActKind::I8)];
+                    let seen = &mut first[kernel.act as usize];
                     if let Some(seen) = seen {
                         assert!(*seen == bits(&out), "other bits: {}", what());
                         continue;
@@ -104,8 +104,8 @@ fn several_products_at_once_are_the_same_products() {
     let weights: Vec<_> = (0..11)
         .map(|i| Weight::random(&mut rng, KINDS[i % KINDS.len()], [1, 40, 17, 64, 0][i % 5], k).pack().unwrap())
         .collect();
-    for m in [0, 1, 6] {
-        for act in [ActKind::F32, ActKind::I8] {
+    for m in [0, 1, 6, TILED_ROWS + 1] {
+        for act in [ActKind::F32, ActKind::I8, ActKind::Bf16] {
             let mut x = Activations::with_capacity(m, k);
             x.fill(m, k, &cases::activations(&mut rng, m, k)).unwrap();
             let mut outs: Vec<_> = weights.iter().map(|w| vec![f32::NAN; m * w.n()]).collect();

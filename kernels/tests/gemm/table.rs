@@ -3,7 +3,9 @@
 use crate::cases::{KINDS, Weight};
 use half::f16;
 use nibble_kernels::gemm::select;
-use nibble_kernels::{ActKind, DenseSource, GEMMS, Isa, KernelError, Levels, PackedWeight, Scales, WeightKind};
+use nibble_kernels::{
+    ActKind, DenseSource, GEMMS, Isa, KernelError, Levels, PackedWeight, Scales, TILED_ROWS, WeightKind,
+};
 use nibble_kernels::{Activations, Pool, Product, WeightSource, Zeros};
 use rand::{SeedableRng, rngs::StdRng};
 use std::collections::HashSet;
@@ -25,15 +27,22 @@ fn every_problem_has_a_kernel_on_every_instruction_set() {
         let weight = Weight::random(&mut rng, kind, 4, 64).pack().unwrap();
         assert_eq!(weight.kind(), kind);
         for isa in Isa::ALL {
-            for act in [ActKind::F32, ActKind::I8] {
-                for m in [1, 2, 3, 512] {
+            for act in [ActKind::F32, ActKind::I8, ActKind::Bf16] {
+                for m in [1, 2, 3, TILED_ROWS, 512] {
                     let kernel = select(&weight, act, m, isa).unwrap();
-                    let float = !matches!(kind, WeightKind::W4Lin | WeightKind::W4Tab | WeightKind::W8);
+                    let tiled = act == ActKind::Bf16 && kind.is_quantized() && m >= TILED_ROWS && isa == Isa::Amx;
+                    let wanted = match act {
+                        _ if tiled => ActKind::Bf16,
+                        ActKind::I8 | ActKind::Bf16 if kind.has_byte_levels() => ActKind::I8,
+                        _ => ActKind::F32,
+                    };
                     assert_eq!(kernel.weight, kind);
-                    assert_eq!(kernel.act, if float { ActKind::F32 } else { act }, "{kernel:?}");
+                    assert_eq!(kernel.act, wanted, "{kernel:?}");
                     assert_eq!(kernel.rows == 1, m == 1, "{kernel:?}");
                     if cfg!(target_arch = "x86_64") {
-                        assert_eq!(kernel.isa, isa, "{kernel:?}");
+                        // Tiles are for bfloat16 alone.
+                        let wanted = if isa == Isa::Amx && !tiled { Isa::Avx512 } else { isa };
+                        assert_eq!(kernel.isa, wanted, "{kernel:?}");
                     }
                 }
             }

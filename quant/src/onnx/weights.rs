@@ -12,7 +12,7 @@ use crate::algo::{AlgoInput, algorithm};
 use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
 use crate::stats::Input;
-use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QuantSpec, ScaleData, ScaleFormat, Zero};
+use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QTensor, QuantSpec, ScaleData, ScaleFormat, Zero};
 
 /// Where a weight's output channels are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +94,22 @@ pub fn reads_channels(graph: &Graph, node: &NodeProto) -> bool {
     !node.is("Conv") || node.int("group", 1) == 1 && weight.dims.iter().skip(2).all(|&d| d == 1)
 }
 
+/// Codes and scales of a weight's [`rows`] by an algorithm.
+///
+/// # Errors
+/// An unknown algorithm, or values that aren't finite.
+pub(super) fn codes(
+    tensor: &TensorProto,
+    (shape, weight): ([usize; 2], &[f32]),
+    spec: &QuantSpec,
+    name: &str,
+    seen: Seen,
+) -> Result<QTensor> {
+    let Seen { importance, input: calibrated } = seen;
+    let input = AlgoInput { name: tensor.name(), weight, shape, spec, importance, calibrated, seed: 0 };
+    (algorithm(name)?.run)(&input)
+}
+
 /// Quantizes a weight. `least` is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
 ///
 /// # Errors
@@ -109,16 +125,7 @@ pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen,
         scale: ScaleFormat::Float(FloatFormat::F32),
         outliers: OutlierSpec::None,
     };
-    let input = AlgoInput {
-        name: tensor.name(),
-        weight: &values,
-        shape: sides,
-        spec: &spec,
-        importance: seen.importance,
-        calibrated: seen.input,
-        seed: 0,
-    };
-    let quantized = (algorithm(name)?.run)(&input)?;
+    let quantized = codes(tensor, (sides, &values), &spec, name, seen)?;
     let ScaleData::Float(scales) = &quantized.scales else {
         return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));
     };

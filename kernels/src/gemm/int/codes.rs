@@ -3,7 +3,7 @@
 use super::QUADS;
 use crate::act::CodedBlock;
 use crate::simd::Simd;
-use crate::weight::{Grid, Levels, PackedZeros};
+use crate::weight::{Levels, NARROW};
 
 /// How codes become bytes.
 pub(super) trait Codes {
@@ -18,8 +18,8 @@ pub(super) trait Codes {
 
     fn table<S: Simd>(s: S, levels: &Levels) -> Self::Table<S>;
 
-    /// What to add to a zero point to make up for how bytes and sums shift levels.
-    fn shift<S: Simd>() -> i32;
+    /// What decoding takes off levels.
+    const ORIGIN: i32 = 0;
 
     /// The bytes of a packed line's quads; the first only, if it has one.
     fn decode<S: Simd>(s: S, table: Self::Table<S>, line: S::Bytes) -> [S::Bytes; 2];
@@ -43,11 +43,6 @@ impl Codes for Linear4 {
     fn table<S: Simd>(_: S, _: &Levels) {}
 
     #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        0
-    }
-
-    #[inline(always)]
     fn decode<S: Simd>(s: S, _: (), line: S::Bytes) -> [S::Bytes; 2] {
         [s.low_nibbles(line), s.high_nibbles(line)]
     }
@@ -64,32 +59,8 @@ impl Codes for Table4 {
     }
 
     #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        S::LEVEL_BIAS
-    }
-
-    #[inline(always)]
     fn decode<S: Simd>(s: S, table: S::Bytes, line: S::Bytes) -> [S::Bytes; 2] {
         [s.lookup_bytes(table, s.low_nibbles(line)), s.lookup_bytes(table, s.high_nibbles(line))]
-    }
-}
-
-impl Narrow4 {
-    /// What makes levels unsigned.
-    const BIAS: i32 = 32;
-
-    /// Whether levels are narrow enough.
-    pub(super) fn fits(grid: &Grid) -> bool {
-        let zero = match grid.zeros {
-            PackedZeros::Const(zero) => zero,
-            PackedZeros::Int(_) => return false,
-            PackedZeros::Min(_) => 0,
-        };
-        let range = -Self::BIAS..Self::BIAS;
-        matches!(&grid.levels, Levels::Table4(table) if table.iter().all(|level| {
-            let level = i32::from(*level);
-            range.contains(&level) && range.contains(&(level - zero))
-        }))
     }
 }
 
@@ -97,19 +68,16 @@ impl Codes for Narrow4 {
     const LINES: usize = 4;
     type Sum = Nibbles<2>;
     type Table<S: Simd> = S::Bytes;
+    /// What makes levels unsigned.
+    const ORIGIN: i32 = -NARROW;
 
     #[inline(always)]
     fn table<S: Simd>(s: S, levels: &Levels) -> S::Bytes {
         let mut unsigned = table(levels);
         for level in &mut unsigned {
-            *level = level.wrapping_add(Self::BIAS as i8);
+            *level = level.wrapping_add(NARROW as i8);
         }
         s.splat16(&unsigned)
-    }
-
-    #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        Self::BIAS
     }
 
     #[inline(always)]
@@ -122,14 +90,10 @@ impl Codes for Linear8 {
     const LINES: usize = 8;
     type Sum = Signed;
     type Table<S: Simd> = ();
+    const ORIGIN: i32 = 128;
 
     #[inline(always)]
     fn table<S: Simd>(_: S, _: &Levels) {}
-
-    #[inline(always)]
-    fn shift<S: Simd>() -> i32 {
-        S::LEVEL_BIAS - 128
-    }
 
     #[inline(always)]
     fn decode<S: Simd>(s: S, _: (), line: S::Bytes) -> [S::Bytes; 2] {
@@ -151,6 +115,9 @@ pub(super) trait Sum {
     type Dots<S: Simd>: Copy;
     type Bytes<S: Simd>: Copy;
 
+    /// What products add to every byte.
+    fn bias<S: Simd>() -> i32;
+
     /// What zero points, negated and in both halves of every lane, take from part `part` of a block.
     fn start<S: Simd>(s: S, zero: S::I32, integer: S::I32, x: &CodedBlock, part: usize) -> Self::Dots<S>;
 
@@ -171,6 +138,10 @@ impl<const PARTS: usize> Sum for Nibbles<PARTS> {
     const PARTS: usize = PARTS;
     type Dots<S: Simd> = S::NibbleSum;
     type Bytes<S: Simd> = S::Bytes;
+
+    fn bias<S: Simd>() -> i32 {
+        0
+    }
 
     #[inline(always)]
     fn start<S: Simd>(s: S, zero: S::I32, _: S::I32, x: &CodedBlock, part: usize) -> S::NibbleSum {
@@ -200,6 +171,10 @@ impl Sum for Signed {
     const PARTS: usize = 1;
     type Dots<S: Simd> = S::I32;
     type Bytes<S: Simd> = S::Levels;
+
+    fn bias<S: Simd>() -> i32 {
+        S::LEVEL_BIAS
+    }
 
     #[inline(always)]
     fn start<S: Simd>(s: S, zero: S::I32, integer: S::I32, x: &CodedBlock, _: usize) -> S::I32 {

@@ -6,14 +6,13 @@
 //! ```
 
 use super::{MICROSOFT, Writer};
-use crate::algo::{AlgoInput, algorithm};
 use crate::error::Result;
 use crate::onnx::Edit;
 use crate::onnx::graph::label;
 use crate::onnx::plan::Kind;
 use crate::onnx::proto::*;
 use crate::onnx::tensor::{from_f32, from_u8};
-use crate::onnx::weights::{Layout, rows};
+use crate::onnx::weights::{Layout, Seen, codes, rows};
 use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QuantError, QuantSpec, ScaleFormat, Zero};
 
 impl Writer<'_> {
@@ -37,16 +36,8 @@ impl Writer<'_> {
                 scale: ScaleFormat::Float(FloatFormat::F32),
                 outliers: OutlierSpec::None,
             };
-            let input = AlgoInput {
-                name: tensor.name(),
-                weight: &values,
-                shape: sides,
-                spec: &spec,
-                importance: None,
-                calibrated: None,
-                seed: 0,
-            };
-            let quantized = (algorithm(self.plan.settings.weights.algorithm)?.run)(&input)?;
+            let quantized =
+                codes(tensor, (sides, &values), &spec, self.plan.settings.weights.algorithm, Seen::default())?;
             let groups = k.div_ceil(group);
             let middle = 1u8 << (bits - 1);
             let mut packed = Vec::with_capacity(n * groups * group * usize::from(bits) / 8);
