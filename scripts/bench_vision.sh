@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Quantizes the real vision models with nibble and with onnxruntime's quantizer, on the same calibration samples, and
-# prints a table for each: accuracy against the float model on other photographs, latency in onnxruntime, size.
+# Quantizes real models with nibble and with onnxruntime's quantizer, on the same calibration samples, and prints a table
+# for each: accuracy against the float model on other photographs or texts, latency in onnxruntime, size, and what making
+# it took (benches/VISION.md).
 #
-#   scripts/bench_vision.sh [lite0|vit]...
+#   scripts/bench_vision.sh [lite0|vit|minilm]...
 #
-# NIBBLE is the program (default: the release build), ROUNDS the latency rounds (default 40).
+# NIBBLE is the program (default: the release build), ROUNDS the latency rounds (default 60), QUICK=1 takes fewer samples
+# to judge by and leaves out the percentile and the ranges alone.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
 
@@ -12,11 +14,13 @@ NIBBLE="${NIBBLE:-$REPO/target/release/nibble}"
 [ -x "$NIBBLE" ] || die "no program at $NIBBLE" "cargo build --release, or set NIBBLE"
 install_oracles || die "the Python oracles are needed (scripts/requirements.txt)"
 export PYTHONPATH="$NIBBLE_ORACLES"
-"$REPO/scripts/fetch_assets.sh" efficientnet vit photos || die "the models and photographs are needed"
+"$REPO/scripts/fetch_assets.sh" efficientnet vit minilm photos texts || die "the models, photographs and texts are needed"
 
 WORK="$CACHE/vision"
 PHOTOS="$CACHE/assets/photos"
-mkdir -p "$WORK/calib" "$WORK/eval" "$WORK/peers"
+MINILM="$CACHE/assets/minilm"
+TABLE="$REPO/scripts/oracles/vision_table.py"
+mkdir -p "$WORK/calib" "$WORK/eval"
 # No photograph is in both.
 for photo in astronaut.png coffee.png motorcycle_left.png flower.jpg hubble_deep_field.jpg brick.png coins.png gravel.png; do
     ln -sf "$PHOTOS/$photo" "$WORK/calib/$photo"
@@ -25,34 +29,70 @@ for photo in chelsea.png china.jpg rocket.jpg retina.jpg camera.png grass.png; d
     ln -sf "$PHOTOS/$photo" "$WORK/eval/$photo"
 done
 
-quantize() { # NAME MODEL CALIB OPTION...
-    local out="$WORK/$1.onnx" model="$2" calib="$3"
+# quantize LABEL MODEL CALIB OPTION...: an argument for the table, in OURS.
+quantize() {
+    local label="$1" model="$2" calib="$3" out
     shift 3
-    "$NIBBLE" vision quantize "$model" --force -o "$out" --calib "$calib" "$@" >&2
+    out="${model%.onnx}-$(printf '%s' "$label" | tr -cs 'a-z0-9' -).onnx"
+    OURS+=("$label=$out$("$NIBBLE" vision quantize "$model" --force -o "$out" --calib "$calib" --json "$@" |
+        python3 -c 'import json, sys; r = json.load(sys.stdin); print("={}={}".format(r["seconds"], r["peak_rss_bytes"]))')")
 }
 
-# table TITLE NAME MODEL PREPROCESS CALIBRATION-CROPS EVALUATION-CROPS: crops are of each photograph.
+# pictures NAME PREPROCESS CALIBRATION-CROPS EVALUATION-CROPS: samples of each photograph.
+pictures() {
+    "$NIBBLE" vision data "$WORK/$1.onnx" "$WORK/calib" --force -o "$WORK/$1-calib.npy" --preprocess "$2" --crops "$3" --seed 1 >&2
+    "$NIBBLE" vision data "$WORK/$1.onnx" "$WORK/eval" --force -o "$WORK/$1-eval.npy" --preprocess "$2" --crops "$4" --seed 2 >&2
+}
+
+# table TITLE KIND NAME CALIB EVAL
 table() {
-    local title="$1" name="$2" model="$3" pre="$4" calib="$WORK/$2-calib.npy" eval="$WORK/$2-eval.npy"
-    say "$title"
-    "$NIBBLE" vision data "$model" "$WORK/calib" --force -o "$calib" --preprocess "$pre" --crops "$5" --seed 1 >&2
-    "$NIBBLE" vision data "$model" "$WORK/eval" --force -o "$eval" --preprocess "$pre" --crops "$6" --seed 2 >&2
-    quantize "$name-minmax" "$model" "$calib" --batch 1
-    quantize "$name-mse" "$model" "$calib" --batch 1 --observer mse
-    quantize "$name-plain" "$model" "$calib" --batch 1 --no-equalize --no-bias-correction
-    printf '\n%s\n\n' "$title"
-    python3 "$REPO/scripts/oracles/vision_table.py" "$model" "$calib" "$eval" "$WORK/peers" \
-        "nibble=$WORK/$name-minmax.onnx" "nibble, mse=$WORK/$name-mse.onnx" "nibble, ranges alone=$WORK/$name-plain.onnx"
+    mkdir -p "$WORK/peers-$3"
+    printf '\n%s: ' "$1"
+    python3 "$TABLE" table "$2" "$WORK/$3.onnx" "$4" "$5" "$WORK/peers-$3" "${OURS[@]}"
 }
 
-wanted="${*:-lite0 vit}"
-for model in $wanted; do
+# count FEW MANY: how many samples.
+count() { [ -n "${QUICK:-}" ] && printf %s "$1" || printf %s "$2"; }
+
+for model in ${*:-lite0 vit minilm}; do
+    say "$model"
+    OURS=()
+    calib="$WORK/$model-calib.npy"
     case "$model" in
     lite0)
         "$NIBBLE" vision export "$CACHE/assets/efficientnet/efficientnet-lite0-57934424.pth" --force -o "$WORK/lite0.onnx" >&2
-        table "EfficientNet-Lite0" lite0 "$WORK/lite0.onnx" lite 8 32
+        pictures lite0 lite 8 "$(count 16 85)"
+        quantize "nibble" "$WORK/lite0.onnx" "$calib" --batch 1
+        quantize "nibble, gptq" "$WORK/lite0.onnx" "$calib" --batch 1 --algorithm gptq
+        if [ -z "${QUICK:-}" ]; then
+            quantize "nibble, percentile 99.999" "$WORK/lite0.onnx" "$calib" --batch 1 --observer percentile:99.999
+            quantize "nibble, ranges alone" "$WORK/lite0.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
+        fi
+        table "EfficientNet-Lite0, 64 crops of 8 photographs to calibrate" cnn lite0 "$calib" "$WORK/lite0-eval.npy"
         ;;
-    vit) table "ViT-S/14" vit "$CACHE/assets/vit/vit_s_focus.onnx" imagenet 2 16 ;;
-    *) die "no model \`$model\`" "known: lite0 vit" ;;
+    vit)
+        # The encoder without the decoder that this file has behind it.
+        python3 "$TABLE" cut "$CACHE/assets/vit/vit_s_focus.onnx" /backbone/layernorm/Add_1_output_0 "$WORK/vit.onnx"
+        pictures vit imagenet 2 "$(count 8 34)"
+        quantize "nibble" "$WORK/vit.onnx" "$calib" --batch 1
+        quantize "nibble, gptq" "$WORK/vit.onnx" "$calib" --batch 1 --algorithm gptq
+        if [ -z "${QUICK:-}" ]; then
+            quantize "nibble, percentile 99.999" "$WORK/vit.onnx" "$calib" --batch 1 --observer percentile:99.999
+            quantize "nibble, ranges alone" "$WORK/vit.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
+        fi
+        table "ViT-S/14, 16 crops of 8 photographs to calibrate" encoder vit "$calib" "$WORK/vit-eval.npy"
+        ;;
+    minilm)
+        "$NIBBLE" vision export "$MINILM" --force -o "$WORK/minilm.onnx" >&2
+        export TOKENIZER="$MINILM/tokenizer.json"
+        awk 'length > 200' "$CACHE/texts/calib.txt" | sed -n 1,64p >"$WORK/minilm-calib.txt"
+        awk 'length > 200' "$CACHE/texts/eval.txt" | sed -n "1,$(count 40 200)p" >"$WORK/minilm-eval.txt"
+        calib="$WORK/minilm-calib.txt"
+        quantize "nibble" "$WORK/minilm.onnx" "$calib" --tokenizer "$TOKENIZER"
+        quantize "nibble, gptq" "$WORK/minilm.onnx" "$calib" --tokenizer "$TOKENIZER" --algorithm gptq
+        quantize "nibble, dynamic" "$WORK/minilm.onnx" "$calib" --mode dynamic
+        table "MiniLM, 64 paragraphs to calibrate" encoder minilm "$calib" "$WORK/minilm-eval.txt"
+        ;;
+    *) die "no model \`$model\`" "known: lite0 vit minilm" ;;
     esac
 done

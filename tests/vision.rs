@@ -1,6 +1,9 @@
 //! ONNX models as onnxruntime sees them: folding and export leave the function as it was, and what a plan calls integer
 //! is integer in the graph that onnxruntime runs.
 
+mod equalize;
+mod export;
+
 use crate::assets::{asset, repository};
 use crate::fetched::oracle;
 use crate::small::{constant, model, node, numbers, value};
@@ -48,7 +51,15 @@ fn samples(model: &Model, count: usize, place: &Path) -> PathBuf {
 }
 
 fn options() -> DataOptions {
-    DataOptions { preprocess: preprocess("unit").unwrap(), crops: 0, seed: 0, bgr: false, limit: None }
+    DataOptions {
+        preprocess: preprocess("unit").unwrap(),
+        crops: 0,
+        seed: 0,
+        bgr: false,
+        limit: None,
+        tokenizer: None,
+        tokens: 128,
+    }
 }
 
 /// Folds, equalizes, plans, calibrates and quantizes.
@@ -56,10 +67,12 @@ fn quantize(float: &Model, settings: &Settings, data: &Path, observer: &str, thr
     let mut folded = float.clone();
     let map = fold_model(&mut folded, threads).unwrap();
     let stop = AtomicBool::new(false);
-    let calibrating = CalibrateOptions { observer: choose(observer).unwrap(), threads, stop: &stop };
+    let calibrating =
+        CalibrateOptions { observer: choose(observer).unwrap(), threads, correct_bias: true, stop: &stop };
     let data = Data::open(data, &inputs(&folded), options()).unwrap();
     if settings.mode == Mode::Static {
-        equalize_channels(&mut folded, &data, &calibrating, &mut || ()).unwrap();
+        let before = plan(&folded, settings, &map).unwrap();
+        equalize_channels(&mut folded, &before, &data, &calibrating, &mut || ()).unwrap();
     }
     let plan = plan(&folded, settings, &map).unwrap();
     let calibration = calibrate(&folded, &plan, &data, &calibrating, &mut || ()).unwrap();
@@ -221,7 +234,8 @@ fn a_value_that_is_not_finite_is_named_by_tensor() {
     let map = fold_model(&mut float, 1).unwrap();
     let plan = plan(&float, &Settings::default(), &map).unwrap();
     let stop = AtomicBool::new(false);
-    let calibrating = CalibrateOptions { observer: choose("minmax").unwrap(), threads: 1, stop: &stop };
+    let calibrating =
+        CalibrateOptions { observer: choose("minmax").unwrap(), threads: 1, correct_bias: true, stop: &stop };
     let data = Data::open(&data, &inputs(&float), options()).unwrap();
     let error = calibrate(&float, &plan, &data, &calibrating, &mut || ()).unwrap_err().to_string();
     assert!(error.contains("tensor `c3`") || error.contains("tensor `sum`"), "{error}");
@@ -253,7 +267,7 @@ fn efficientnet_is_exported_and_folds_to_the_same_function() {
     let pth = "assets/efficientnet/efficientnet-lite0-57934424.pth";
     let Some(checkpoint) = asset("efficientnet", pth) else { return };
     let place = tempfile::tempdir().unwrap();
-    let mut float = export(&checkpoint, 224).unwrap();
+    let mut float = export(&checkpoint, None).unwrap();
     let count = |model: &Model, op: &str| model.graph().node.iter().filter(|n| n.is(op)).count();
     assert_eq!((count(&float, "Conv"), count(&float, "Add"), count(&float, "Clip")), (49, 9, 33));
     fold::freeze(&mut float, Some(1), &BTreeMap::new()).unwrap();
@@ -266,7 +280,7 @@ fn efficientnet_is_exported_and_folds_to_the_same_function() {
     for keep in [0, 14, 15, 100, 42_486, 47_000, 50_000, bytes.len() / 2, bytes.len() - 1] {
         let cut = place.path().join("cut.pth");
         std::fs::write(&cut, &bytes[..keep]).unwrap();
-        let error = export(&cut, 224).err().map(|e| e.to_string()).unwrap_or_default();
+        let error = export(&cut, None).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains("cut.pth"), "{keep} bytes: {error}");
     }
 }

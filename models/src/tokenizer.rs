@@ -76,12 +76,8 @@ impl Tokenizer {
     /// # Errors
     /// The bytes are damaged, or the decoder is of a kind that language models don't use.
     pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let inner = plain(path, bytes)?;
         let damaged = |why: String| ModelError::Damaged { path: path.to_path_buf(), why };
-        check_json(bytes).map_err(damaged)?;
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| damaged(format!("not a tokenizer: {e}")))?;
-        inner.with_truncation(None).map_err(|e| damaged(e.to_string()))?;
-        inner.with_padding(None);
         let pieces = Pieces::new(&inner).map_err(damaged)?;
         Ok(Self { path: path.to_path_buf(), inner, pieces, bos: None, eos: Vec::new() })
     }
@@ -203,6 +199,19 @@ impl Tokenizer {
         let why = format!("token {id} is beyond the vocabulary of {}", self.vocab_size());
         ModelError::Damaged { path: self.path.clone(), why }
     }
+}
+
+/// A `tokenizer.json` of any kind, encoders' too, that neither cuts nor pads.
+///
+/// # Errors
+/// The bytes are damaged.
+pub(crate) fn plain(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
+    let damaged = |why: String| ModelError::Damaged { path: path.to_path_buf(), why };
+    check_json(bytes).map_err(damaged)?;
+    let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| damaged(format!("not a tokenizer: {e}")))?;
+    inner.with_truncation(None).map_err(|e| damaged(e.to_string()))?;
+    inner.with_padding(None);
+    Ok(inner)
 }
 
 /// Refuses what the `tokenizers` crate would panic on: text that isn't JSON, the one normalizer that it unwraps, and

@@ -10,3 +10,4 @@ pub mod evaluate;
 pub mod export;
 pub mod picture;
 pub mod pth;
+pub mod text;

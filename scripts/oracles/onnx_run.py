@@ -2,8 +2,10 @@
 """Checks and runs ONNX models in onnxruntime, for tests and benches that judge what nibble wrote.
 
     python scripts/oracles/onnx_run.py ops MODEL...              operators of the optimized graphs, as JSON
-    python scripts/oracles/onnx_run.py run MODEL INPUT.npy OUT.npy   the first output for every sample, one at a time
-    python scripts/oracles/onnx_run.py compare A B INPUT.npy     largest difference and SQNR of B's outputs from A's
+    python scripts/oracles/onnx_run.py run MODEL INPUT OUT.npy   the first output for every sample, one at a time
+    python scripts/oracles/onnx_run.py compare A B INPUT         largest difference and SQNR of B's outputs from A's
+
+INPUT is an .npy of samples for a model with one input, or a .safetensors with an array of samples for each input.
 """
 import collections
 import json
@@ -14,6 +16,7 @@ import tempfile
 import numpy
 import onnx
 import onnxruntime
+import safetensors.numpy
 
 
 def session(path, threads=1, optimized=None):
@@ -25,10 +28,15 @@ def session(path, threads=1, optimized=None):
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def outputs(path, samples):
+def outputs(path, data):
+    """The outputs for each sample of a file."""
     model = session(path)
-    name = model.get_inputs()[0].name
-    return [model.run(None, {name: sample[None]}) for sample in samples]
+    if data.endswith(".safetensors"):
+        feeds = safetensors.numpy.load_file(data)
+    else:
+        feeds = {model.get_inputs()[0].name: numpy.load(data)}
+    count = len(next(iter(feeds.values())))
+    return [model.run(None, {name: values[i : i + 1] for name, values in feeds.items()}) for i in range(count)]
 
 
 def operators(path):
@@ -40,10 +48,10 @@ def operators(path):
     return collections.Counter(n.op_type for n in nodes)
 
 
-def compare(a, b, samples):
+def compare(a, b, data):
     signal = noise = 0.0
     worst = 0.0
-    for left, right in zip(outputs(a, samples), outputs(b, samples)):
+    for left, right in zip(outputs(a, data), outputs(b, data)):
         for x, y in zip(left, right):
             assert x.shape == y.shape, (x.shape, y.shape)
             x, y = x.astype("f8"), y.astype("f8")
@@ -58,9 +66,10 @@ def main():
     if what == "ops":
         print(json.dumps([operators(path) for path in paths]))
     elif what == "run":
-        numpy.save(paths[2], numpy.concatenate([o[0] for o in outputs(paths[0], numpy.load(paths[1]))]))
+        numpy.save(paths[2], numpy.concatenate([o[0] for o in outputs(paths[0], paths[1])]))
+        print("{}")
     elif what == "compare":
-        print(json.dumps(compare(paths[0], paths[1], numpy.load(paths[2]))))
+        print(json.dumps(compare(paths[0], paths[1], paths[2])))
     else:
         sys.exit(__doc__)
 

@@ -1,22 +1,26 @@
 #!/usr/bin/env python3
 """Quantized models against their float model in onnxruntime, beside what onnxruntime's own quantizer makes.
 
-    python scripts/oracles/vision_table.py FLOAT.onnx CALIB.npy EVAL.npy FOLDER [NAME=MODEL.onnx]...
+    python scripts/oracles/vision_table.py cut IN.onnx TENSOR OUT.onnx       the part of a model that makes a tensor
+    python scripts/oracles/vision_table.py table KIND FLOAT.onnx CALIB EVAL FOLDER NAME=MODEL.onnx[=SECONDS=BYTES]...
 
-CALIB.npy and EVAL.npy are samples of the model's input. onnxruntime's quantizer runs here, on the same calibration
-samples, into FOLDER. Figures: SQNR of all outputs; top-1 agreement of the first one, or for outputs that aren't classes
-the same nearest neighbour; milliseconds a sample (median over rounds in which every model runs once) with 1 and 2 threads.
+KIND is `cnn` (classes out) or `encoder` (a vector a token out). CALIB and EVAL are an .npy of samples, or a .txt with a
+text a line beside TOKENIZER (an environment variable: a tokenizer.json). onnxruntime's quantizer runs here, on the same
+calibration samples, each configuration in a process of its own, into FOLDER; SECONDS and BYTES are what nibble took.
+
+Figures: SQNR of the first output over all samples. Of classes: same largest one, and the mean divergence of the
+probabilities (KL, nats). Of tokens: the same nearest neighbour of the first token (of texts: of the mean). Milliseconds a
+sample with 1 and 2 threads: lower decile and median over rounds in which every model runs once.
 """
 import collections
 import os
+import subprocess
 import sys
 import time
 
 import numpy as np
+import onnx
 import onnxruntime as ort
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
-from onnxruntime.quantization import quantize_dynamic, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 
 
 def session(path, threads):
@@ -26,41 +30,81 @@ def session(path, threads):
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-class Reader(CalibrationDataReader):
-    def __init__(self, name, samples):
-        self.left = iter([{name: s[None]} for s in samples])
+def feeds(path, model, limit=None):
+    """A feed for each sample."""
+    names = [i.name for i in session(model, 1).get_inputs()]
+    if path.endswith(".npy"):
+        return [{names[0]: x[None]} for x in np.load(path, mmap_mode="r")[:limit]]
+    from tokenizers import Tokenizer
 
-    def get_next(self):
-        return next(self.left, None)
+    tokenizer = Tokenizer.from_file(os.environ["TOKENIZER"])
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    made = []
+    for line in filter(None, map(str.strip, open(path))):
+        ids = tokenizer.encode(line).ids
+        ids = np.array([ids if len(ids) <= 128 else ids[:127] + ids[-1:]], "i8")
+        values = {"mask": np.ones_like(ids), "type": np.zeros_like(ids)}
+        made.append({n: next((v for part, v in values.items() if part in n), ids) for n in names})
+    return made[:limit]
 
 
-def theirs(path, calib, folder):
-    """What onnxruntime's quantizer makes, in the forms that it recommends and the best ones known for each kind."""
-    name = session(path, 1).get_inputs()[0].name
-    prepared = os.path.join(folder, "prepared.onnx")
+CNN = ["minmax", "percentile"]
+ENCODER = ["linear", "dynamic"]
+LABELS = {
+    "minmax": "ort minmax, per channel",
+    "percentile": "ort percentile 99.999, per channel",
+    "linear": "ort minmax, linear layers only, no output Q",
+    "dynamic": "ort dynamic, per channel",
+}
+
+
+def make(what, path, calib, out):
+    """Runs onnxruntime's quantizer in one of the forms that are best for a kind of model."""
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
+    from onnxruntime.quantization import quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.left = iter(feeds(calib, path))
+
+        def get_next(self):
+            return next(self.left, None)
+
+    prepared = out + ".prepared"
     quant_pre_process(path, prepared, skip_symbolic_shape=True)
-    linear = {"op_types_to_quantize": ["MatMul", "Gemm"]}
-    runs = [
-        ("ort minmax per-channel", CalibrationMethod.MinMax, {}),
-        ("ort percentile per-channel", CalibrationMethod.Percentile, {}),
-        ("ort minmax, linear only", CalibrationMethod.MinMax, linear),
-    ]
-    for label, method, more in runs:
-        out = os.path.join(folder, label.replace(" ", "_").replace(",", "") + ".onnx")
+    types = {"op_types_to_quantize": ["MatMul", "Gemm"]}
+    if what == "dynamic":
+        quantize_dynamic(prepared, out, per_channel=True, weight_type=QuantType.QInt8, **types)
+        return
+    more = {}
+    if what == "linear":
+        graph = onnx.load(prepared).graph
+        constants = {i.name for i in graph.initializer}
+        products = [n for n in graph.node if n.op_type == "MatMul"]
+        more = {
+            **types,
+            "nodes_to_exclude": [n.name for n in products if not constants & set(n.input)],
+            "extra_options": {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm", "Add"]},
+        }
+    method = CalibrationMethod.Percentile if what == "percentile" else CalibrationMethod.MinMax
+    quantize_static(
+        prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8, calibrate_method=method, **more,
+    )
+
+
+def theirs(kind, path, calib, folder):
+    for what in CNN if kind == "cnn" else ENCODER:
+        out = os.path.join(folder, f"ort-{what}.onnx")
         start = time.perf_counter()
-        try:
-            quantize_static(
-                prepared, out, Reader(name, calib), quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method, **more,
-            )
-        except Exception as error:  # its quantizer refuses some models
-            print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr)
+        child = subprocess.Popen([sys.executable, __file__, "make", what, path, calib, out], stdout=2)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            print(f"{LABELS[what]}: its quantizer failed", file=sys.stderr)
             continue
-        yield label, out, time.perf_counter() - start
-    out = os.path.join(folder, "ort_dynamic.onnx")
-    start = time.perf_counter()
-    quantize_dynamic(prepared, out, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
-    yield "ort dynamic, linear only", out, time.perf_counter() - start
+        yield LABELS[what], out, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def nearest(rows, queries):
@@ -70,36 +114,66 @@ def nearest(rows, queries):
     return close.argmax(1)
 
 
-def main():
-    path, calib, evaluation, folder, *ours = sys.argv[1:]
-    calib, evaluation = np.load(calib), np.load(evaluation)
-    models = [("float", path, 0.0)]
-    models += list(theirs(path, calib, folder))
-    models += [(*arg.split("=", 1), float("nan")) for arg in ours]
-    sessions = {t: {label: session(p, t) for label, p, _ in models} for t in (1, 2)}
+def log_softmax(a):
+    a = a - a.max(1, keepdims=True)
+    return a - np.log(np.exp(a).sum(1, keepdims=True))
+
+
+def score(kind, base, out, text):
+    noise = sum(float(((a - b) ** 2).sum()) for a, b in zip(base, out))
+    signal = sum(float((a**2).sum()) for a in base)
+    sqnr = "" if noise == 0 else f"{10 * np.log10(signal / noise):.2f}"
+    if kind == "cnn":
+        a, b = (np.stack([x.reshape(-1) for x in xs]) for xs in (base, out))
+        p, q = log_softmax(a), log_softmax(b)
+        return sqnr, 100 * (a.argmax(1) == b.argmax(1)).mean(), f"{(np.exp(p) * (p - q)).sum(1).mean():.4f}"
+    pool = lambda x: x[0].mean(0) if text else x[0][0]
+    a, b = (np.stack([pool(x) for x in xs]) for xs in (base, out))
+    return sqnr, 100 * (nearest(a, b) == nearest(a, a)).mean(), ""
+
+
+def table(kind, path, calib, evaluation, folder, *ours):
+    models = [("float", path, None, None), *theirs(kind, path, calib, folder)]
+    for arg in ours:
+        name, model, *took = arg.split("=")
+        seconds, peak = (float(t) for t in took) if took else (None, None)
+        models.append((name, model, seconds, peak))
+    samples = feeds(evaluation, path)
     results = {}
-    for label, s in sessions[2].items():
-        name = s.get_inputs()[0].name
-        results[label] = np.stack([s.run(None, {name: x[None]})[0].reshape(-1) for x in evaluation]).astype("f8")
+    for label, model, *_ in models:
+        s = session(model, 2)
+        results[label] = [s.run(None, x)[0].astype("f8") for x in samples]
     times = collections.defaultdict(list)
-    for t in (1, 2):
-        for _ in range(int(os.environ.get("ROUNDS", "40"))):
-            for label, s in sessions[t].items():
+    for threads in (1, 2):
+        sessions = {label: session(model, threads) for label, model, *_ in models}
+        for _ in range(int(os.environ.get("ROUNDS", "60"))):
+            for label, s in sessions.items():
                 start = time.perf_counter()
-                s.run(None, {s.get_inputs()[0].name: evaluation[0][None]})
-                times[label, t].append(time.perf_counter() - start)
-    base = results["float"]
-    classes = base.shape[1] <= 1000 and base.shape[1] > 1
-    print(f"| model | SQNR dB | {'top-1 agreement' if classes else 'nearest neighbour'} % | ms 1 thread | ms 2 threads | MB | s to make |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for label, file, seconds in models:
-        out = results[label]
-        noise = ((out - base) ** 2).sum()
-        sqnr = "" if noise == 0 else f"{10 * np.log10((base ** 2).sum() / noise):.2f}"
-        same = (out.argmax(1) == base.argmax(1)) if classes else (nearest(base, out) == nearest(base, base))
-        ms = [f"{1e3 * np.median(times[label, t]):.2f}" for t in (1, 2)]
-        made = "" if label == "float" or np.isnan(seconds) else f"{seconds:.1f}"
-        print(f"| {label} | {sqnr} | {100 * same.mean():.1f} | {ms[0]} | {ms[1]} | {os.path.getsize(file) / 1e6:.1f} | {made} |")
+                s.run(None, samples[0])
+                times[label, threads].append(1e3 * (time.perf_counter() - start))
+    agree = "top-1 agreement" if kind == "cnn" else "nearest neighbour"
+    print(f"{len(samples)} samples to judge by\n")
+    print(f"| model | SQNR dB | {agree} % | KL | ms, 1 thread | ms, 2 threads | MB | s to make | peak MB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for label, model, seconds, peak in models:
+        sqnr, same, divergence = score(kind, results["float"], results[label], evaluation.endswith(".txt"))
+        ms = ["{:.2f} ({:.2f})".format(*np.percentile(times[label, t], [10, 50])) for t in (1, 2)]
+        made = ["" if v is None else f"{v:.1f}" for v in (seconds, None if peak is None else peak / 1e6)]
+        size = f"{os.path.getsize(model) / 1e6:.1f}"
+        print(f"| {label} | {sqnr} | {same:.1f} | {divergence} | {ms[0]} | {ms[1]} | {size} | {made[0]} | {made[1]} |")
+
+
+def main():
+    match sys.argv[1:]:
+        case ["table", *rest]:
+            table(*rest)
+        case ["make", what, path, calib, out]:
+            make(what, path, calib, out)
+        case ["cut", path, tensor, out]:
+            inputs = [i.name for i in onnx.load(path, load_external_data=False).graph.input]
+            onnx.utils.extract_model(path, out, inputs, [tensor], check_model=False)
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ fn wrong_words_are_refused_before_anything_runs() {
     for (words, code, says) in [
         (&[][..], 2, "--calib is needed"),
         (&["--calib", "nowhere"], 1, "nowhere"),
-        (&["--calib", "model.onnx"], 1, "model.onnx: `.onnx`: pictures and arrays are read"),
+        (&["--calib", "model.onnx"], 1, "model.onnx: `.onnx`: wanted jpg"),
         (&[calib, &["--observer", "guess"][..]].concat(), 2, "observer `guess`"),
         (&[calib, &["--exclude", "Conv.c9"][..]].concat(), 2, "did you mean `Conv.c1`?"),
         (&[calib, &["--algorithm", "magic"][..]].concat(), 2, "algorithm `magic`"),

@@ -38,10 +38,7 @@ pub struct Diff {
 impl Run for Diff {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
-        let paths = [
-            crate::hub::checkpoint(session, &self.reference)?,
-            crate::hub::checkpoint(session, &self.other)?,
-        ];
+        let paths = [crate::hub::checkpoint(session, &self.reference)?, crate::hub::checkpoint(session, &self.other)?];
         let [reference, other] = open(&paths)?;
         let meter = Meter::new(session, "diff", "tensors");
         let tensors = reference.infos().iter().filter(|info| info.stored.is_float()).count();

@@ -6,12 +6,16 @@
 use super::data::Data;
 use crate::graph::{GraphRunner, Rten, Tensor};
 use crate::{ModelError, Result};
+use nibble_quant::Range;
 use nibble_quant::observer::{Choice, Observed, Statistics};
-use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, equalize, sites};
+use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, Scaled, equalize, sites};
 use nibble_quant::onnx::plan::Kind;
+use nibble_quant::onnx::weights::reads_channels;
 use nibble_quant::onnx::{Calibration, Graph, Model, Plan};
+use nibble_quant::stats::Input;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How to calibrate.
@@ -20,6 +24,8 @@ pub struct CalibrateOptions<'a> {
     pub observer: Choice,
     /// Threads of the engine.
     pub threads: usize,
+    /// Whether biases are to be corrected by the mean error of the weights.
+    pub correct_bias: bool,
     /// Set when the user wants to stop.
     pub stop: &'a AtomicBool,
 }
@@ -37,24 +43,68 @@ pub struct Seen {
 }
 
 /// Statistics of the channels of a tensor.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Channels {
     axis: Axis,
     observed: Option<Observed>,
     /// Sum of each channel's values, and how many there were of each.
     sums: Vec<f64>,
     count: f64,
+    gram: Option<Gram>,
+}
+
+/// Places of one sample that go into a Gram matrix: neighbours are much alike.
+const PLACES: usize = 192;
+
+/// Products of channels with each other.
+#[derive(Debug, Default)]
+struct Gram {
+    input: Option<Input>,
+    /// The first sample's means, or nothing: with biases corrected only deviations from the mean cost anything.
+    shift: Vec<f32>,
+    centred: bool,
+    samples: usize,
+}
+
+impl Gram {
+    /// Takes in (outer, channels, inner) values.
+    fn observe(&mut self, name: &str, values: &[f32], channels: usize, inner: usize) -> Result<()> {
+        let places = values.len() / channels;
+        if self.shift.is_empty() {
+            self.shift = vec![0.0; channels];
+            for (c, shift) in self.shift.iter_mut().enumerate().filter(|_| self.centred) {
+                let of = values.chunks_exact(channels * inner).flat_map(|o| &o[c * inner..(c + 1) * inner]);
+                *shift = (of.map(|&v| f64::from(v)).sum::<f64>() / places.max(1) as f64) as f32;
+            }
+        }
+        let step = places.div_ceil(PLACES).max(1);
+        // From sample to sample another first place, so that no column of a picture is left out.
+        let first = self.samples * 7 % step;
+        let mut rows = Vec::with_capacity(places.div_ceil(step) * channels);
+        for place in (first..places).step_by(step) {
+            let (outer, at) = (place / inner, place % inner);
+            let start = outer * channels * inner + at;
+            rows.extend(self.shift.iter().enumerate().map(|(c, shift)| values[start + c * inner] - shift));
+        }
+        self.samples += 1;
+        Ok(self.input.get_or_insert_with(|| Input::new(channels, true)).observe(name, &rows)?)
+    }
 }
 
 impl Channels {
     /// Along these dimensions.
     pub fn along(axis: Axis) -> Channels {
-        Channels { axis, observed: None, sums: Vec::new(), count: 0.0 }
+        Channels { axis, observed: None, sums: Vec::new(), count: 0.0, gram: None }
     }
 
-    /// The largest magnitude of each channel.
-    pub fn absmax(&self) -> Vec<f32> {
-        self.observed.iter().flat_map(Observed::ranges).map(|r| r.absmax()).collect()
+    /// With a Gram matrix, of deviations from the mean if `centred`.
+    fn with_gram(self, centred: bool) -> Channels {
+        Channels { gram: Some(Gram { centred, ..Gram::default() }), ..self }
+    }
+
+    /// Smallest and largest value of each channel, zero included.
+    pub fn ranges(&self) -> Vec<Range> {
+        self.observed.iter().flat_map(Observed::ranges).collect()
     }
 
     /// Second moments of the channels.
@@ -91,7 +141,10 @@ impl Channels {
             }
         }
         self.count += (values.len() / channels) as f64;
-        Ok(())
+        match &mut self.gram {
+            Some(gram) => gram.observe(name, values, channels, inner),
+            None => Ok(()),
+        }
     }
 }
 
@@ -169,54 +222,132 @@ pub fn calibrate(
     progress: &mut dyn FnMut(),
 ) -> Result<Calibration> {
     let histogram = options.observer.observer.histogram;
-    let channels = layer_inputs(model, plan)?;
+    let channels = layer_inputs(model, plan, options.correct_bias)?;
     let seen = observe(model, &plan.observed(), channels, data, histogram, options, progress)?;
+    finish(seen, plan, options)
+}
+
+/// What a plan needs of what was seen.
+fn finish(seen: Seen, plan: &Plan, options: &CalibrateOptions) -> Result<Calibration> {
     let mut calibration = Calibration { ranks: seen.ranks, ..Default::default() };
     let grid = plan.settings.activation;
     for (name, statistics) in &seen.tensors {
         calibration.ranges.insert(name.clone(), options.observer.range(name, statistics, grid)?);
     }
-    for (name, channels) in &seen.channels {
-        calibration.means.insert(name.clone(), channels.means());
+    for (name, channels) in seen.channels {
+        if options.correct_bias {
+            calibration.means.insert(name.clone(), channels.means());
+        }
         calibration.moments.insert(name.clone(), channels.moments());
+        if let Some(input) = channels.gram.and_then(|gram| gram.input) {
+            calibration.inputs.insert(name, Arc::new(input));
+        }
     }
     Ok(calibration)
 }
 
 /// What quantized layers with weights read, and where its channels are.
-fn layer_inputs(model: &Model, plan: &Plan) -> Result<BTreeMap<String, Channels>> {
+fn layer_inputs(model: &Model, plan: &Plan, correct_bias: bool) -> Result<BTreeMap<String, Channels>> {
     let graph = Graph::new(model.graph())?;
-    let mut inputs = BTreeMap::new();
+    let feedback = plan.settings.weights.algorithm == "gptq";
+    let mut inputs: BTreeMap<String, Channels> = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let axis = match plan.kind(id) {
             Some(Kind::Conv) => Axis::Second,
             Some(Kind::Linear { .. }) => Axis::Last,
             _ => continue,
         };
-        inputs.insert(node.arg(0).to_owned(), Channels::along(axis));
+        let channels = inputs.remove(node.arg(0)).unwrap_or_else(|| Channels::along(axis));
+        let channels = match feedback && channels.gram.is_none() && reads_channels(&graph, node) {
+            true => channels.with_gram(correct_bias),
+            false => channels,
+        };
+        inputs.insert(node.arg(0).to_owned(), channels);
     }
     Ok(inputs)
 }
 
-/// Brings channels to like ranges, by what samples show of them: how many places changed. The float function stays.
+/// Brings channels to like ranges, by what samples show of them: the tensors that changed. The float function stays.
+/// `plan` tells what layers read.
 ///
 /// # Errors
 /// As [`observe`].
 pub fn equalize_channels(
     model: &mut Model,
+    plan: &Plan,
     data: &Data,
     options: &CalibrateOptions,
     progress: &mut dyn FnMut(),
-) -> Result<usize> {
+) -> Result<Vec<Scaled>> {
+    let mut channels = site_tensors(model)?;
+    for (name, input) in layer_inputs(model, plan, options.correct_bias)? {
+        channels.entry(name).or_insert_with(|| Channels::along(input.axis));
+    }
+    let seen = observe(model, &[], channels, data, false, options, progress)?;
+    Ok(equalize(model, &statistics(&seen))?)
+}
+
+/// [`equalize_channels`] and [`calibrate`] in one run over the samples, for observers that read ranges alone: factors
+/// change those in a way that is known without looking again. `plan` makes a plan of a model; the one that is given
+/// back is of the equalized one.
+///
+/// # Errors
+/// As [`observe`], values that aren't finite, by tensor, and what `plan` returns.
+pub fn equalize_and_calibrate(
+    model: &mut Model,
+    plan: &dyn Fn(&Model) -> nibble_quant::error::Result<Plan>,
+    data: &Data,
+    options: &CalibrateOptions,
+    progress: &mut dyn FnMut(),
+) -> Result<(Plan, Calibration)> {
+    let before = plan(model)?;
+    let mut channels = layer_inputs(model, &before, options.correct_bias)?;
+    for (name, site) in site_tensors(model)? {
+        channels.entry(name).or_insert(site);
+    }
+    let seen = observe(model, &before.observed(), channels, data, false, options, progress)?;
+    let scaled = equalize(model, &statistics(&seen))?;
+    let after = plan(model)?;
+    let mut ranges: BTreeMap<String, Range> = BTreeMap::new();
+    for Scaled { tensor, of, by } in &scaled {
+        let Some(channels) = seen.channels.get(of) else { continue };
+        let each = channels.ranges();
+        let ends = each.iter().zip(by).map(|(r, f)| [f64::from(r.lo) / f, f64::from(r.hi) / f]);
+        let [lo, hi] = ends.fold([0f64; 2], |[lo, hi], [l, h]| [lo.min(l), hi.max(h)]);
+        ranges.insert(tensor.clone(), Range { lo: lo as f32, hi: hi as f32 });
+    }
+    let mut calibration = finish(seen, &before, options)?;
+    calibration.ranges.extend(ranges);
+    for Scaled { tensor, of, by } in &scaled {
+        if let Some(&rank) = calibration.ranks.get(of) {
+            calibration.ranks.insert(tensor.clone(), rank);
+        }
+        if let Some(means) = calibration.means.get(of) {
+            let means = means.iter().zip(by).map(|(mean, f)| mean / f).collect();
+            calibration.means.insert(tensor.clone(), means);
+        }
+        if let Some(moments) = calibration.moments.get(of) {
+            let moments = moments.iter().zip(by).map(|(moment, f)| (f64::from(*moment) / (f * f)) as f32).collect();
+            calibration.moments.insert(tensor.clone(), moments);
+        }
+    }
+    Ok((after, calibration))
+}
+
+/// Whether [`equalize_and_calibrate`] gives what two runs would.
+pub fn one_run_is_enough(plan: &Plan, options: &CalibrateOptions) -> bool {
+    options.observer.observer.name == "minmax" && plan.settings.weights.algorithm != "gptq"
+}
+
+fn site_tensors(model: &Model) -> Result<BTreeMap<String, Channels>> {
     let mut channels = BTreeMap::new();
     for site in sites(&Graph::new(model.graph())?) {
         channels.extend(site.tensors.iter().map(|name| (name.clone(), Channels::along(site.axis))));
     }
-    if channels.is_empty() {
-        return Ok(0);
-    }
-    let seen = observe(model, &[], channels, data, false, options, progress)?;
-    let of = |c: &Channels| ChannelStatistics { absmax: c.absmax(), moments: c.moments() };
-    let statistics = seen.channels.iter().map(|(name, c)| (name.clone(), of(c))).collect();
-    Ok(equalize(model, &statistics)?)
+    Ok(channels)
+}
+
+fn statistics(seen: &Seen) -> BTreeMap<String, ChannelStatistics> {
+    let of = |c: &Channels| ChannelStatistics { ranges: c.ranges(), moments: c.moments() };
+    seen.channels.iter().map(|(name, c)| (name.clone(), of(c))).collect()
 }

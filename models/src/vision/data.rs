@@ -1,6 +1,7 @@
-//! Samples for a model: pictures of a folder, arrays of .npy, .npz and .safetensors files.
+//! Samples for a model: pictures of a folder, arrays of .npy, .npz and .safetensors files, lines of texts.
 
 use super::picture::{self, ChannelOrder, Frame, Preprocess};
+use super::text::Texts;
 use crate::graph::{Input, Tensor, Values};
 use crate::{ModelError, Result};
 use candle_core::{DType, Device};
@@ -20,6 +21,10 @@ pub struct DataOptions {
     pub bgr: bool,
     /// At most so many samples.
     pub limit: Option<usize>,
+    /// What makes tokens of texts: a `tokenizer.json`.
+    pub tokenizer: Option<PathBuf>,
+    /// Tokens of a text that are used.
+    pub tokens: usize,
 }
 
 /// One set of inputs, by name, of batch size 1.
@@ -30,14 +35,20 @@ pub struct Data {
     files: Vec<PathBuf>,
     inputs: Vec<Input>,
     options: DataOptions,
+    texts: Option<Texts>,
     root: PathBuf,
 }
 
 const PICTURES: [&str; 3] = ["jpg", "jpeg", "png"];
 const ARRAYS: [&str; 3] = ["npy", "npz", "safetensors"];
+const TEXTS: [&str; 1] = ["txt"];
 
 fn extension(path: &Path) -> String {
     path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
+}
+
+fn kinds() -> Vec<&'static str> {
+    [&PICTURES[..], &ARRAYS, &TEXTS].concat()
 }
 
 /// Files of a folder and of those in it, sorted, that samples can be read from.
@@ -51,7 +62,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for path in paths {
         if path.is_dir() {
             collect(&path, files)?;
-        } else if PICTURES.contains(&extension(&path).as_str()) || ARRAYS.contains(&extension(&path).as_str()) {
+        } else if kinds().contains(&extension(&path).as_str()) {
             files.push(path);
         }
     }
@@ -72,13 +83,17 @@ impl Data {
             files.push(path.to_owned());
         }
         if files.is_empty() {
-            let kinds = [PICTURES, ARRAYS].concat().join(", ");
+            let kinds = kinds().join(", ");
             return Err(ModelError::Damaged {
                 path: path.to_owned(),
                 why: format!("holds no file of the kinds {kinds}"),
             });
         }
-        Ok(Data { files, inputs: inputs.to_vec(), options, root: path.to_owned() })
+        let texts = match files.iter().find(|file| TEXTS.contains(&extension(file).as_str())) {
+            Some(text) => Some(Texts::open(options.tokenizer.as_deref(), text, options.tokens)?),
+            None => None,
+        };
+        Ok(Data { files, inputs: inputs.to_vec(), options, texts, root: path.to_owned() })
     }
 
     /// Files that samples come from.
@@ -126,6 +141,9 @@ impl Data {
         if PICTURES.contains(&extension(file).as_str()) {
             return self.pictures(file, index);
         }
+        if let Some(texts) = self.texts.as_ref().filter(|_| TEXTS.contains(&extension(file).as_str())) {
+            return texts.samples(file, &self.inputs);
+        }
         let damaged = |why: String| ModelError::Damaged { path: file.to_owned(), why };
         let candle = |e: candle_core::Error| damaged(e.to_string());
         let arrays: BTreeMap<String, candle_core::Tensor> = match extension(file).as_str() {
@@ -137,7 +155,7 @@ impl Data {
             }
             "npz" => candle_core::Tensor::read_npz(file).map_err(candle)?.into_iter().collect(),
             "safetensors" => candle_core::safetensors::load(file, &Device::Cpu).map_err(candle)?.into_iter().collect(),
-            other => return Err(damaged(format!("`.{other}`: pictures and arrays are read"))),
+            other => return Err(damaged(format!("`.{other}`: wanted {}", kinds().join(", ")))),
         };
         let mut count = None;
         let mut columns: Vec<(String, Vec<Tensor>)> = Vec::new();

@@ -23,8 +23,10 @@ use super::tensor::{from_16, from_f32, from_i8, from_i32, from_u8};
 use super::{Graph, Model};
 use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
+use crate::stats::Input;
 use crate::{QuantError, Range};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// The domain of ONNX Runtime's own operators.
 pub const MICROSOFT: &str = "com.microsoft";
@@ -41,6 +43,8 @@ pub struct Calibration {
     /// Means of the channels of layers' inputs, by tensor: with them the mean error of rounded weights is known, and goes
     /// into biases (arXiv 1906.04721, section 4.2).
     pub means: BTreeMap<String, Vec<f64>>,
+    /// Products of the channels of layers' inputs with each other, by tensor, for algorithms that make use of them.
+    pub inputs: BTreeMap<String, Arc<Input>>,
 }
 
 /// The pieces that are made while edits are collected.

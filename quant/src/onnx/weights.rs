@@ -5,11 +5,13 @@
 //! bias    int32, scale s_x * s_w, zero point 0                                 b = s_x * s_w * q
 //! ```
 
+use super::Graph;
 use super::proto::*;
 use super::tensor::{floats, tensor_error};
 use crate::algo::{AlgoInput, algorithm};
 use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
+use crate::stats::Input;
 use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QTensor, QuantSpec, ScaleData, ScaleFormat, Zero};
 
 /// Where a weight's output channels are.
@@ -77,7 +79,22 @@ pub struct Rounding {
     pub algorithm: &'static str,
 }
 
-/// Codes and scales of a weight's [`rows`] by an algorithm; `importance` weighs the values of a channel.
+/// What was seen of a weight's input.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Seen<'a> {
+    /// (values of a channel) second moments of what each of them is multiplied by.
+    pub importance: Option<&'a [f32]>,
+    /// Products of the channels with each other, for layers that [read channels](reads_channels).
+    pub input: Option<&'a Input>,
+}
+
+/// Whether each value of an output channel meets one input channel: a linear layer, or a Conv of 1 x 1.
+pub fn reads_channels(graph: &Graph, node: &NodeProto) -> bool {
+    let Some(weight) = graph.constant(node.arg(1)) else { return false };
+    !node.is("Conv") || node.int("group", 1) == 1 && weight.dims.iter().skip(2).all(|&d| d == 1)
+}
+
+/// Codes and scales of a weight's [`rows`] by an algorithm.
 ///
 /// # Errors
 /// An unknown algorithm, or values that aren't finite.
@@ -86,24 +103,18 @@ pub(super) fn codes(
     (shape, weight): ([usize; 2], &[f32]),
     spec: &QuantSpec,
     name: &str,
-    importance: Option<&[f32]>,
+    seen: Seen,
 ) -> Result<QTensor> {
-    let input = AlgoInput { name: tensor.name(), weight, shape, spec, importance, calibrated: None, seed: 0 };
+    let Seen { importance, input: calibrated } = seen;
+    let input = AlgoInput { name: tensor.name(), weight, shape, spec, importance, calibrated, seed: 0 };
     (algorithm(name)?.run)(&input)
 }
 
-/// Quantizes a weight. `importance` weighs the values of a channel; `least`
-/// is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
+/// Quantizes a weight. `least` is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
 ///
 /// # Errors
 /// A weight that isn't finite, or whose bytes don't fit its shape.
-pub fn quantize(
-    tensor: &TensorProto,
-    layout: Layout,
-    how: Rounding,
-    importance: Option<&[f32]>,
-    least: &[f32],
-) -> Result<Weight> {
+pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen, least: &[f32]) -> Result<Weight> {
     let (sides, values) = rows(tensor, layout)?;
     let [n, k] = sides;
     let Rounding { per_channel, bits, algorithm: name } = how;
@@ -114,7 +125,7 @@ pub fn quantize(
         scale: ScaleFormat::Float(FloatFormat::F32),
         outliers: OutlierSpec::None,
     };
-    let quantized = codes(tensor, (sides, &values), &spec, name, importance)?;
+    let quantized = codes(tensor, (sides, &values), &spec, name, seen)?;
     let ScaleData::Float(scales) = &quantized.scales else {
         return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));
     };

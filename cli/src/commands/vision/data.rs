@@ -31,6 +31,12 @@ pub struct Preparation {
     /// Use at most this many samples
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
+    /// The tokenizer.json that makes tokens of texts: each line of a .txt file is a sample
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Use at most this many tokens of a text
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    tokens: usize,
 }
 
 impl Preparation {
@@ -42,6 +48,8 @@ impl Preparation {
             seed: self.seed,
             bgr: self.bgr,
             limit: self.samples,
+            tokenizer: self.tokenizer.clone(),
+            tokens: self.tokens,
         };
         Ok(Samples::open(path, inputs, options)?)
     }

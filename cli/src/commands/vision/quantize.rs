@@ -9,7 +9,9 @@ use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
 use nibble_models::graph::{fold_model, inputs};
-use nibble_models::vision::calibrate::{CalibrateOptions, calibrate, equalize_channels};
+use nibble_models::vision::calibrate::{
+    CalibrateOptions, calibrate, equalize_and_calibrate, equalize_channels, one_run_is_enough,
+};
 use nibble_quant::observer::{self, IntGrid, IntType};
 use nibble_quant::onnx::plan::{Decision, PlannedNode};
 use nibble_quant::onnx::weights::Rounding;
@@ -58,7 +60,7 @@ pub struct Quantize {
     /// Weights of 7 bits, for processors without VNNI: their sums of two products saturate at 16 bits
     #[arg(long)]
     reduce_range: bool,
-    /// What rounds weights: rtn, clip or search
+    /// What rounds weights: rtn, clip, search or gptq
     #[arg(long, value_name = "NAME", default_value = "rtn")]
     algorithm: String,
     /// Bits of weights with --mode weights: 4 or 8
@@ -172,22 +174,35 @@ impl Quantize {
             return Err(Usage("--calib is needed: scales are found by running the model over samples".into()).into());
         };
         let data = self.preparation.open(calib, &inputs(model))?;
-        let options = CalibrateOptions { observer, threads: self.threads.count(), stop: session.stop() };
-        let passes = 2 - u64::from(self.no_equalize);
+        let options = CalibrateOptions {
+            observer,
+            threads: self.threads.count(),
+            correct_bias: !self.no_bias_correction,
+            stop: session.stop(),
+        };
+        let make = |model: &Model| plan(model, &settings, folded);
+        let plan = make(model)?;
+        let once = !self.no_equalize && one_run_is_enough(&plan, &options);
         let meter = Meter::new(session, "calibrate", "samples");
-        meter.begin(passes * data.count()?, 0);
-        if !self.no_equalize {
-            equalize_channels(model, &data, &options, &mut || meter.add_thing("channels"))?;
-        }
-        let plan = plan(model, &settings, folded)?;
+        meter.begin((2 - u64::from(self.no_equalize || once)) * data.count()?, 0);
         let mut samples = 0;
-        let mut calibration = calibrate(model, &plan, &data, &options, &mut || {
+        let mut count = || {
             samples += 1;
             meter.add_thing("ranges");
-        })?;
-        if self.no_bias_correction {
-            calibration.means.clear();
-        }
+        };
+        let (plan, calibration) = match (self.no_equalize, once) {
+            (true, _) => {
+                let calibration = calibrate(model, &plan, &data, &options, &mut count)?;
+                (plan, calibration)
+            }
+            (_, true) => equalize_and_calibrate(model, &make, &data, &options, &mut count)?,
+            (_, false) => {
+                equalize_channels(model, &plan, &data, &options, &mut || meter.add_thing("channels"))?;
+                let plan = make(model)?;
+                let calibration = calibrate(model, &plan, &data, &options, &mut count)?;
+                (plan, calibration)
+            }
+        };
         Ok((plan, calibration, samples))
     }
 }

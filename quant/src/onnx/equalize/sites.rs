@@ -3,6 +3,7 @@
 use crate::onnx::Graph;
 use crate::onnx::groups::{GroupKind, groups};
 use crate::onnx::proto::*;
+use crate::onnx::tensor::ints;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Tensors with the same factors, who makes them and who reads them.
@@ -151,8 +152,62 @@ fn pools(node: &NodeProto) -> bool {
     node.is("MaxPool") || node.is("AveragePool") || node.is("GlobalAveragePool")
 }
 
-fn maker(graph: &Graph, tensor: &str, norms: &BTreeMap<String, (String, String)>) -> End<Producer> {
-    if let Some((gain, offset)) = norms.get(tensor) {
+/// What is known of a graph's groups of nodes.
+struct Known {
+    /// Gain and offset of a layer norm, by its output.
+    norms: BTreeMap<String, (String, String)>,
+    /// Values of an attention and what it makes of them, heads joined again: channel by channel a weighted mean.
+    mixed: Vec<(String, String)>,
+}
+
+impl Known {
+    fn of(graph: &Graph) -> Known {
+        let groups = groups(graph);
+        let norms = groups.iter().filter(|g| g.kind == GroupKind::LayerNorm);
+        let norms = norms.filter_map(|g| Some((g.output.clone(), g.affine.clone()?))).collect();
+        let attentions = groups.iter().filter(|g| g.kind == GroupKind::Attention);
+        Known { norms, mixed: attentions.filter_map(|g| mixed(graph, &g.output)).collect() }
+    }
+
+    fn source(&self, made: &str) -> Option<&String> {
+        self.mixed.iter().find(|(_, out)| out == made).map(|(values, _)| values)
+    }
+
+    fn result(&self, values: &str) -> Option<&String> {
+        self.mixed.iter().find(|(of, _)| of == values).map(|(_, out)| out)
+    }
+}
+
+/// From the product of an attention's shares and values, back over the split into heads and on over their joining:
+///
+/// ```text
+/// (b, n, h d) -> Reshape (b, n, h, d) -> Transpose (b, h, n, d) -> MatMul -> Transpose (b, n, h, d) -> Reshape (b, n, h d)
+/// ```
+fn mixed(graph: &Graph, product: &str) -> Option<(String, String)> {
+    let swaps = |id: usize| {
+        let node = graph.node(id);
+        node.is("Transpose") && node.attr("perm").is_some_and(|a| a.ints == [0, 2, 1, 3])
+    };
+    let shape = |id: usize| graph.constant(graph.node(id).arg(1)).and_then(|t| ints(t).ok());
+    let alone = |tensor: &str| graph.sole_consumer(tensor).is_some();
+    let turned = graph.node(graph.producer(product)?).arg(1);
+    let turn = graph.producer(turned).filter(|&id| swaps(id) && alone(turned))?;
+    let split = graph.node(turn).arg(0);
+    let cut = graph.producer(split).filter(|&id| graph.node(id).is("Reshape") && alone(split))?;
+    let values = graph.node(cut).arg(0);
+    let back = graph.sole_consumer(product).filter(|&id| swaps(id))?;
+    let join = graph.sole_consumer(graph.node(back).out()).filter(|&id| graph.node(id).is("Reshape"))?;
+    let (heads, whole) = (shape(cut)?, shape(join)?);
+    let (&[_, _, h, d], &[_, _, all]) = (heads.as_slice(), whole.as_slice()) else { return None };
+    let same = h > 0 && d > 0 && h.checked_mul(d) == Some(all);
+    (same && alone(values)).then(|| (values.to_owned(), graph.node(join).out().to_owned()))
+}
+
+fn maker(graph: &Graph, tensor: &str, known: &Known) -> End<Producer> {
+    if let Some(values) = known.source(tensor) {
+        return End::Through(vec![values.clone()]);
+    }
+    if let Some((gain, offset)) = known.norms.get(tensor) {
         let n = float(graph, gain).map_or(0, |t| dim(t, 0));
         return match n > 0 && vector(graph, gain, n) && vector(graph, offset, n) {
             true => End::Layer(Producer { weight: None, vectors: vec![gain.clone(), offset.clone()] }, Axis::Last, n),
@@ -204,7 +259,10 @@ fn maker(graph: &Graph, tensor: &str, norms: &BTreeMap<String, (String, String)>
     }
 }
 
-fn reader(graph: &Graph, tensor: &str, id: usize, slot: usize) -> End<Consumer> {
+fn reader(graph: &Graph, tensor: &str, id: usize, slot: usize, known: &Known) -> End<Consumer> {
+    if let Some(out) = known.result(tensor) {
+        return End::Through(vec![out.clone()]);
+    }
     let node = graph.node(id);
     if homogeneous(node) || node.is("Add") && (0..2).all(|s| graph.constant(node.arg(s)).is_none()) {
         return End::Through(vec![node.out().to_owned()]);
@@ -229,30 +287,21 @@ fn reader(graph: &Graph, tensor: &str, id: usize, slot: usize) -> End<Consumer> 
 
 /// Every site of a graph, in its order. No constant belongs to two roles of one site, or is read by others.
 pub fn sites(graph: &Graph) -> Vec<Site> {
-    let norms: BTreeMap<String, (String, String)> = groups(graph)
-        .into_iter()
-        .filter(|g| g.kind == GroupKind::LayerNorm)
-        .filter_map(|g| Some((g.output.clone(), g.affine?)))
-        .collect();
+    let known = Known::of(graph);
     let mut done: BTreeSet<String> = BTreeSet::new();
     let mut found = Vec::new();
     for (_, node) in graph.nodes() {
         let start = node.out();
-        if start.is_empty() || done.contains(start) || !matches!(maker(graph, start, &norms), End::Layer(..)) {
+        if start.is_empty() || done.contains(start) || !matches!(maker(graph, start, &known), End::Layer(..)) {
             continue;
         }
-        found.extend(grow(graph, start, &norms, &mut done));
+        found.extend(grow(graph, start, &known, &mut done));
     }
     found
 }
 
 /// The site that a tensor belongs to, if all of its makers and readers take part.
-fn grow(
-    graph: &Graph,
-    start: &str,
-    norms: &BTreeMap<String, (String, String)>,
-    done: &mut BTreeSet<String>,
-) -> Option<Site> {
+fn grow(graph: &Graph, start: &str, known: &Known, done: &mut BTreeSet<String>) -> Option<Site> {
     let mut site =
         Site { tensors: Vec::new(), axis: Axis::Last, channels: 0, producers: Vec::new(), consumers: Vec::new() };
     let mut ends: BTreeSet<(bool, usize)> = BTreeSet::new();
@@ -269,7 +318,7 @@ fn grow(
         };
         pooled |= graph.producer(&tensor).is_some_and(|id| pools(graph.node(id)));
         pooled |= graph.consumers(&tensor).iter().any(|&(id, _)| pools(graph.node(id)));
-        match maker(graph, &tensor, norms) {
+        match maker(graph, &tensor, known) {
             End::Layer(producer, axis, n) => {
                 meet(axis, n);
                 site.producers.push(producer);
@@ -278,7 +327,7 @@ fn grow(
             End::Not => whole = false,
         }
         for &(id, slot) in graph.consumers(&tensor) {
-            match reader(graph, &tensor, id, slot) {
+            match reader(graph, &tensor, id, slot, known) {
                 End::Layer(consumer, axis, n) => {
                     meet(axis, n);
                     site.consumers.push(consumer);
@@ -300,4 +349,29 @@ fn grow(
     let once: BTreeSet<&String> = constants.into_iter().collect();
     let alone = once.len() == count && once.iter().all(|name| graph.sole_consumer(name).is_some());
     (whole && alone && !site.consumers.is_empty()).then_some(site)
+}
+
+/// Tensors that no maker can scale, after a GELU or a norm that others read too, and the linear layers that read them:
+/// a product by a constant between the two can. `taken` are the tensors of other sites.
+pub(super) fn unscaled(graph: &Graph, taken: &BTreeSet<String>) -> Vec<Site> {
+    let known = Known::of(graph);
+    let made = groups(graph).into_iter().filter(|g| matches!(g.kind, GroupKind::LayerNorm | GroupKind::Gelu));
+    let mut found = Vec::new();
+    for tensor in made.map(|g| g.output).filter(|t| !taken.contains(t)) {
+        let mut consumers = Vec::new();
+        let mut channels = BTreeSet::new();
+        for &(id, slot) in graph.consumers(&tensor) {
+            if let End::Layer(consumer, Axis::Last, n) = reader(graph, &tensor, id, slot, &known)
+                && graph.sole_consumer(consumer.weight()).is_some()
+            {
+                channels.insert(n);
+                consumers.push(consumer);
+            }
+        }
+        if let [n] = channels.into_iter().collect::<Vec<_>>()[..] {
+            let site = Site { tensors: vec![tensor], axis: Axis::Last, channels: n, producers: Vec::new(), consumers };
+            found.push(site);
+        }
+    }
+    found
 }

@@ -61,8 +61,14 @@ pub(super) fn resolve(graph: &Graph, mut candidates: Vec<Result<Kind, String>>, 
             }
             let out = output(id);
             match kind {
-                // No integer Conv without an output in integers.
-                Kind::Conv => {}
+                // No integer Conv without an output in integers. One between floats (the patches of a transformer) would
+                // round what everything after it adds to, and save next to nothing.
+                Kind::Conv => {
+                    let lonely = !made.contains(node.arg(0)) && !wants(out).any(|w| w) && graph.is_private(out);
+                    if lonely && settings.mode == Mode::Static && settings.include.is_empty() {
+                        fallen.push(id);
+                    }
+                }
                 Kind::Linear { .. } | Kind::MatMul => {
                     let all = !graph.consumers(out).is_empty() && wants(out).all(|w| w) && graph.is_private(out);
                     if quantizes[id] && !(node.is("Gemm") && all) {

@@ -14,7 +14,7 @@ use crate::onnx::graph::label;
 use crate::onnx::plan::Kind;
 use crate::onnx::proto::*;
 use crate::onnx::tensor::{floats, from_f32, from_i8};
-use crate::onnx::weights::{Layout, quantize, transpose};
+use crate::onnx::weights::{Layout, Seen, quantize, transpose};
 use std::collections::BTreeMap;
 
 impl Writer<'_> {
@@ -44,7 +44,7 @@ impl Writer<'_> {
                 return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
             };
             let layout = if rows { Layout::Rows } else { Layout::Columns };
-            let weight = quantize(tensor, layout, self.plan.settings.weights, None, &[])?;
+            let weight = quantize(tensor, layout, self.plan.settings.weights, Seen::default(), &[])?;
             let dims: Vec<usize> = tensor.dims.iter().map(|&d| d.max(0) as usize).collect();
             let (weight_codes, dims) = match rows && !conv {
                 true => (transpose(&weight.codes, dims[0], dims[1]), vec![dims[1], dims[0]]),

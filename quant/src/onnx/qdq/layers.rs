@@ -8,8 +8,11 @@ use crate::onnx::graph::label;
 use crate::onnx::plan::{Kind, Target};
 use crate::onnx::proto::*;
 use crate::onnx::tensor::{floats, from_f32};
-use crate::onnx::weights::{Layout, Weight, least_scales, quantize, quantize_bias, rows, transpose};
+use crate::onnx::weights::{
+    Layout, Seen, Weight, least_scales, quantize, quantize_bias, reads_channels, rows, transpose,
+};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Weights that are written already, with their names: two layers may share one.
 type Written = BTreeMap<(String, i64), (Weight, String)>;
@@ -167,7 +170,9 @@ impl Writer<'_> {
             return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
         };
         let importance = self.importance(node, tensor);
-        let weight = quantize(tensor, layout, self.plan.settings.weights, importance.as_deref(), least)?;
+        let input = self.calibration.inputs.get(node.arg(0)).filter(|_| reads_channels(&self.graph, node));
+        let seen = Seen { importance: importance.as_deref(), input: input.map(Arc::as_ref) };
+        let weight = quantize(tensor, layout, self.plan.settings.weights, seen, least)?;
         let key = (tensor.name().to_owned(), axis);
         let to = match written.get(&key) {
             Some((same, name)) if *same == weight => name.clone(),

@@ -12,7 +12,7 @@ use crate::onnx::graph::label;
 use crate::onnx::plan::Kind;
 use crate::onnx::proto::*;
 use crate::onnx::tensor::{from_f32, from_u8};
-use crate::onnx::weights::{Layout, codes, rows};
+use crate::onnx::weights::{Layout, Seen, codes, rows};
 use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QuantError, QuantSpec, ScaleFormat, Zero};
 
 impl Writer<'_> {
@@ -36,7 +36,8 @@ impl Writer<'_> {
                 scale: ScaleFormat::Float(FloatFormat::F32),
                 outliers: OutlierSpec::None,
             };
-            let quantized = codes(tensor, (sides, &values), &spec, self.plan.settings.weights.algorithm, None)?;
+            let quantized =
+                codes(tensor, (sides, &values), &spec, self.plan.settings.weights.algorithm, Seen::default())?;
             let groups = k.div_ceil(group);
             let middle = 1u8 << (bits - 1);
             let mut packed = Vec::with_capacity(n * groups * group * usize::from(bits) / 8);
