@@ -162,7 +162,6 @@ pub trait Backend: Send + Sync {
         segments: &[Segment],
     ) -> Result<()>;
     /// [`Backend::rope`] of queries and keys and [`Backend::append`], which a device may do at once.
-    #[expect(clippy::too_many_arguments)] // three operations
     fn rope_and_append(
         &self,
         caches: &mut [Self::Cache],
