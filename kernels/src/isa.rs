@@ -1,8 +1,9 @@
 //! Which instructions this process may use: what the CPU has, capped by `NIBBLE_ISA`.
 
-use crate::KernelError;
 #[cfg(target_arch = "x86_64")]
-use crate::simd::amx_is_allowed;
+mod tiles;
+
+use crate::KernelError;
 use std::sync::OnceLock;
 
 /// An instruction set that kernels are written for, narrowest first.
@@ -54,7 +55,7 @@ impl Isa {
                         && is_x86_feature_detected!("avx512vl")
                         && is_x86_feature_detected!("avx512vnni")
                 }
-                Isa::Amx => Isa::Avx512.is_present() && amx_is_allowed(),
+                Isa::Amx => Isa::Avx512.is_present() && tiles::are_allowed(),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]

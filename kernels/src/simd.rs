@@ -37,7 +37,7 @@ mod avx512;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use amx::{Amx, REGISTER_PRODUCTS, is_allowed as amx_is_allowed};
+pub(crate) use amx::{Amx, REGISTER_PRODUCTS};
 #[cfg(target_arch = "x86_64")]
 pub use avx2::{Avx2, AvxVnni, Ymm};
 #[cfg(target_arch = "x86_64")]

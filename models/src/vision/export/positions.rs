@@ -49,22 +49,29 @@ pub(super) fn resize(table: &[f32], channels: usize, from: usize, to: usize) -> 
 
 #[cfg(test)]
 mod tests {
-    use super::resize;
+    use super::{resize, weights};
 
     #[test]
-    fn a_table_of_one_value_stays_one_and_a_slope_stays_a_slope_inside() {
+    fn one_value_stays_one_and_a_slope_stays_symmetric() {
         for (from, to) in [(4, 7), (9, 5), (5, 5)] {
             let flat = resize(&vec![3.0; from * from * 2], 2, from, to);
             assert!(flat.iter().all(|v| (v - 3.0).abs() < 1e-6) && flat.len() == to * to * 2);
-            // Cubic convolution reproduces what is linear wherever no edge is repeated.
             let slope: Vec<f32> = (0..from * from).map(|i| (i % from) as f32).collect();
             let resized = resize(&slope, 1, from, to);
             for i in 0..to {
-                let place = (i as f32 + 0.5) * from as f32 / to as f32 - 0.5;
-                if place >= 1.0 && place <= from as f32 - 3.0 {
-                    assert!((resized[i] - place).abs() < 1e-5, "{from} to {to}, {i}: {}", resized[i]);
-                }
+                let ends = resized[i] + resized[to - 1 - i];
+                assert!((ends - (from as f32 - 1.0)).abs() < 1e-5, "{from} to {to}, {i}: {ends}");
             }
+        }
+    }
+
+    #[test]
+    fn weights_are_those_of_keys_kernel() {
+        // Halfway, and at a neighbour itself.
+        assert_eq!(weights(0.5), [-0.09375, 0.59375, 0.59375, -0.09375]);
+        assert_eq!(weights(0.0), [0.0, 1.0, 0.0, 0.0]);
+        for t in [0.1, 0.25, 0.9] {
+            assert!((weights(t).iter().sum::<f64>() - 1.0).abs() < 1e-12);
         }
     }
 }
