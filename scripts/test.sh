@@ -52,7 +52,7 @@ for isa in scalar avx2; do
     NIBBLE_ISA="$isa" kernel_laws
 done
 
-say "kernel laws on AMX, AVX-512 and AVX-VNNI, emulated where this CPU lacks them"
+say "kernel laws on AVX-512 and AVX-VNNI, emulated where this CPU lacks them, and on AMX where it is there"
 "$REPO/scripts/avx512_rig/run.sh"
 
 if [ -s "$NIBBLE_MISSING" ]; then

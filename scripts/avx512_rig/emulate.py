@@ -38,7 +38,7 @@ PAGE = 0x1000
 GUEST_BYTES = 256 << 30
 # Below the program, in guest memory: page tables, the ring 0 page, and a place for every thread's vector registers.
 PML4, PDPT, RING0, DETOURS, SPILL = 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
-XSAVE_AREAS, XSAVE_BYTES, MAX_THREADS = 0x10000, 0x3000, 256
+XSAVE_AREAS, XSAVE_BYTES, MAX_THREADS = 0x10000, 0x1000, 256
 PROGRAM_BASE = 1 << 30  # for position-independent programs
 STACK_TOP, STACK_BYTES = 6 << 30, 8 << 20
 MMAP_START = 8 << 30
@@ -56,7 +56,7 @@ ES, CS, SS, DS, FS, GS = range(6)
 CPUS = {
     "haswell": (24, 0x07),
     "tigerlake": (29, 0xE7),
-    "sapphire_rapids": (30, 0x600E7),
+    "sapphire_rapids": (30, 0xE7),
     "arrow_lake": (31, 0x07),
 }
 
@@ -86,7 +86,6 @@ class Emulator:
             self._declare()
         except AttributeError as missing:
             raise Failure(125, f"{path}: {missing}") from None
-        self.tiles = CPUS[cpu][1] & 0x60000
         self.cpu = self.lib.bochscpu_cpu_new(0)
 
     def _choose(self, cpu):
@@ -670,9 +669,7 @@ class Kernel:
         self.memory.write(mask, struct.pack("<Q", 1))
         return 8
 
-    def arch_prctl(self, code, address, *_):
-        if (code, address) == (0x1023, 18) and self.emulator.tiles:
-            return 0  # The tiles of AMX are this process's anyway.
+    def set_fs(self, code, address, *_):
         if code != 0x1002:
             raise OSError(errno.EINVAL, "arch_prctl")
         self.current.fs = address
@@ -743,7 +740,7 @@ CALLS = {
     89: fails(errno.ENOENT),  # readlink
     131: gives(0),  # sigaltstack
     157: gives(0),  # prctl
-    158: Kernel.arch_prctl,
+    158: Kernel.set_fs,
     186: lambda kernel, *_: kernel.current.tid,
     202: Kernel.futex,
     203: gives(0),  # sched_setaffinity
