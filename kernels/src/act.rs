@@ -4,8 +4,9 @@
 //! values   (m, stride) f32, stride = k rounded up to 32, zeros from k on
 //! coded    (ceil(m / tile), blocks, tile) records of 48 bytes: 32 codes, value ~ scale * code, and what products need
 //!          besides; `tile` rows are what a kernel multiplies at a time, rows past m have zeros
+//! tiles    (ceil(m / 16), blocks) tiles of bfloat16, for CPUs that multiply them
 //! ```
-//! Rounding is half to even in every instruction set, so codes are the same bits on every machine.
+//! Codes are rounded half to even in every instruction set, so they are the same bits on every machine.
 
 mod tiles;
 

@@ -12,6 +12,7 @@
 //! Sums are taken in an order that depends on shapes (and on the device's number of processors), never on timing.
 
 mod attention;
+mod data;
 #[cfg(feature = "cuda")]
 pub mod driver;
 mod gpu;
@@ -20,9 +21,9 @@ mod rows;
 mod weight;
 
 pub use attention::{CacheKind, CacheShape, CudaAttention, DeviceCache};
+pub use data::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Place};
 pub use gpu::{DeviceMemory, Gpu, Launch, MODULES, Ptx};
 pub use linear::DeviceProduct;
-pub use rows::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Place};
 pub use weight::DeviceWeight;
 
 use crate::KernelError;

@@ -10,7 +10,8 @@
 //! many activation rows   tasks of a few panels x as many rows as stay in cache; each worker takes the next one
 //! ```
 //! An output is one sum in one order (over K, group by group), so it depends neither on the number of threads, nor on
-//! the other rows of the batch, nor on the instruction set.
+//! the other rows of the batch, nor on the instruction set. Tiles of bfloat16 (`tiles`, for [`ActKind::Bf16`] alone) keep the
+//! first of these laws only.
 
 mod dense;
 mod float;

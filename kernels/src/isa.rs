@@ -17,7 +17,7 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 F, BW, DQ, VL and VNNI (Ice Lake, Zen 4 and later).
     Avx512,
-    /// AVX-512 with the tiles of AMX-INT8 (Sapphire Rapids and later, where the system allows them).
+    /// AVX-512 with the tiles of AMX-BF16 and AMX-INT8 (Sapphire Rapids and later, where the system allows them).
     Amx,
 }
 

@@ -26,7 +26,7 @@
 //!
 //! **Every instruction set gives the same bits.** Each method is one correctly rounded IEEE operation a lane or exact
 //! integer arithmetic, `fma` is fused everywhere, and sums over lanes have one order. So the scalar implementation is
-//! an oracle for the others bit for bit, and a model's output doesn't depend on the machine.
+//! an oracle for the others bit for bit. Tiles of bfloat16 (`Amx`) are beside this vocabulary and outside of that law.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -195,11 +195,12 @@ pub trait Backend: Send + Sync {
     fn scale(&self, x: &mut Self::Buffer, factor: f32, rows: usize) -> Result<()>;
     /// `out[i] = x[rows[i]]`.
     fn select_rows(&self, x: &Self::Buffer, rows: &[usize], out: &mut Self::Buffer) -> Result<()>;
-    /// Where each row's largest of its first `width` values is, the first of equals; only that comes back from a device.
+    /// Puts into `found` where each row's largest of its first `width` values is, the first of equals; only that comes back
+    /// from a device.
     ///
     /// # Errors
     /// A row has no number among them.
-    fn argmax(&self, x: &Self::Buffer, rows: usize, width: usize) -> Result<Vec<u32>>;
+    fn argmax(&self, x: &Self::Buffer, rows: usize, width: usize, found: &mut Vec<u32>) -> Result<()>;
     /// The rows' values as the host sees them, row-major; a copy where the device's memory is not the host's.
     fn read<'a>(&self, x: &'a Self::Buffer, rows: Range<usize>) -> Result<std::borrow::Cow<'a, [f32]>>;
     /// Forgets all positions from `length` on.

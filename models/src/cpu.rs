@@ -266,8 +266,12 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn argmax(&self, x: &CpuBuffer, rows: usize, width: usize) -> Result<Vec<u32>> {
-        (0..rows).map(|row| crate::sample::argmax(&x.rows(row..row + 1)[..width])).collect()
+    fn argmax(&self, x: &CpuBuffer, rows: usize, width: usize, found: &mut Vec<u32>) -> Result<()> {
+        found.clear();
+        for row in 0..rows {
+            found.push(crate::sample::argmax(&x.rows(row..row + 1)[..width])?);
+        }
+        Ok(())
     }
 
     fn read<'a>(&self, x: &'a CpuBuffer, rows: Range<usize>) -> Result<Cow<'a, [f32]>> {

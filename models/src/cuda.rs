@@ -248,10 +248,13 @@ impl<G: Gpu> Backend for CudaBackend<G> {
         Ok(self.cuda.select_rows(x, &wanted, &mut self.staged().selected, out)?)
     }
 
-    fn argmax(&self, x: &Self::Buffer, rows: usize, width: usize) -> Result<Vec<u32>> {
-        let found = self.cuda.argmax(x, rows, width, &mut self.choices())?;
-        let none = || ModelError::Logits { why: "a row of them holds no number".to_string() };
-        found.into_iter().map(|token| token.ok_or_else(none)).collect()
+    fn argmax(&self, x: &Self::Buffer, rows: usize, width: usize, found: &mut Vec<u32>) -> Result<()> {
+        found.clear();
+        for token in self.cuda.argmax(x, rows, width, &mut self.choices())? {
+            let none = || ModelError::Logits { why: "a row of them holds no number".to_string() };
+            found.push(token.ok_or_else(none)?);
+        }
+        Ok(())
     }
 
     fn read<'a>(&self, x: &'a Self::Buffer, rows: Range<usize>) -> Result<Cow<'a, [f32]>> {

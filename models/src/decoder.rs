@@ -86,6 +86,7 @@ pub struct Context<B: Backend> {
     selected: B::Buffer,
     logits: B::Buffer,
     tokens: Vec<u32>,
+    choices: Vec<u32>,
     segments: Vec<Segment>,
     rows: usize,
 }
@@ -234,6 +235,7 @@ impl<B: Backend> Decoder<B> {
             up: b.buffer(chunk, c.ffn)?,
             selected: b.buffer(plan.logit_rows, c.hidden)?,
             logits: b.buffer(plan.logit_rows, c.vocab_size)?,
+            choices: Vec::with_capacity(plan.logit_rows),
             tokens: Vec::with_capacity(chunk),
             segments: Vec::with_capacity(plan.sequences),
             rows: 0,
@@ -310,9 +312,11 @@ impl<B: Backend> Decoder<B> {
     ///
     /// # Errors
     /// As [`Decoder::logits`], or a row's logits are no numbers.
-    pub fn likeliest(&self, cx: &mut Context<B>, rows: &[usize], vocabulary: usize) -> Result<Vec<u32>> {
+    pub fn likeliest<'a>(&self, cx: &'a mut Context<B>, rows: &[usize], vocabulary: usize) -> Result<&'a [u32]> {
         self.predict(cx, rows)?;
-        self.backend.argmax(&cx.logits, rows.len(), vocabulary.min(self.config.vocab_size))
+        let vocabulary = vocabulary.min(self.config.vocab_size);
+        self.backend.argmax(&cx.logits, rows.len(), vocabulary, &mut cx.choices)?;
+        Ok(&cx.choices)
     }
 
     /// Leaves the logits of some rows of the last batch on the device.

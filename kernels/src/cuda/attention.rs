@@ -1,7 +1,7 @@
 //! Keys and values of sequences, and attention over them; `kernels/cuda/attention.cu` says how.
 
+use super::data::{DeviceRope, DeviceRows, DeviceTable, Place};
 use super::gpu::{DeviceMemory, Gpu, Launch};
-use super::rows::{DeviceRope, DeviceRows, DeviceTable, Place};
 use super::{Cuda, SCRATCH, check_room, size};
 use crate::KernelError;
 use crate::ops::AttentionSpec;

@@ -1,7 +1,7 @@
 //! Products with weights, and single rows of them.
 
+use super::data::{DeviceIndices, DeviceRows, DeviceVector};
 use super::gpu::{DeviceMemory, Gpu, Launch};
-use super::rows::{DeviceIndices, DeviceRows, DeviceVector};
 use super::weight::{DeviceWeight, NumbersArgument, OutliersArgument, Stored, WeightArgument};
 use super::{Cuda, SCRATCH, check, size};
 use crate::KernelError;

@@ -11,6 +11,7 @@
 use super::{LANES, TILE_ROWS, TileLines};
 use crate::Isa;
 use std::arch::asm;
+use std::marker::PhantomData;
 
 /// Multiply-adds of one call of [`Amx::multiply_registers`].
 pub const REGISTER_PRODUCTS: usize = 4 * TILE_ROWS * LANES * LINE;
@@ -20,7 +21,7 @@ const LINE: usize = size_of::<[u32; LANES]>();
 /// A value exists only while this thread's tiles are configured. tmm0 to tmm3 are sums, tmm4 and tmm5 activations, tmm6
 /// and tmm7 weights.
 #[derive(Debug)]
-pub struct Amx(());
+pub struct Amx(PhantomData<*const ()>); // bound to its thread, whose registers these are
 
 /// The operand of LDTILECFG: bytes of a register's lines, and their number.
 #[repr(C, align(64))]
@@ -51,7 +52,7 @@ impl Amx {
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly, preserves_flags))
         };
-        Some(Amx(()))
+        Some(Amx(PhantomData))
     }
 
     /// Zeroes all sums.
