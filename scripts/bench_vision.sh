@@ -54,6 +54,15 @@ table() {
 # count FEW MANY: how many samples.
 count() { [ -n "${QUICK:-}" ] && printf %s "$1" || printf %s "$2"; }
 
+# variants MODEL CALIB [FLAG...]: what nibble makes of a model, by itself and with parts of it changed.
+variants() {
+    quantize "nibble" "$@"
+    quantize "nibble, gptq" "$@" --algorithm gptq
+    [ -z "${QUICK:-}" ] || return 0
+    quantize "nibble, percentile 99.999" "$@" --observer percentile:99.999
+    quantize "nibble, ranges alone" "$@" --no-equalize --no-bias-correction
+}
+
 for model in ${*:-lite0 vit minilm}; do
     say "$model"
     OURS=()
@@ -62,24 +71,14 @@ for model in ${*:-lite0 vit minilm}; do
     lite0)
         "$NIBBLE" vision export "$CACHE/assets/efficientnet/efficientnet-lite0-57934424.pth" --force -o "$WORK/lite0.onnx" >&2
         pictures lite0 lite 8 "$(count 16 85)"
-        quantize "nibble" "$WORK/lite0.onnx" "$calib" --batch 1
-        quantize "nibble, gptq" "$WORK/lite0.onnx" "$calib" --batch 1 --algorithm gptq
-        if [ -z "${QUICK:-}" ]; then
-            quantize "nibble, percentile 99.999" "$WORK/lite0.onnx" "$calib" --batch 1 --observer percentile:99.999
-            quantize "nibble, ranges alone" "$WORK/lite0.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
-        fi
+        variants "$WORK/lite0.onnx" "$calib" --batch 1
         table "EfficientNet-Lite0, 64 crops of 8 photographs to calibrate" cnn lite0 "$calib" "$WORK/lite0-eval.npy"
         ;;
     vit)
         # The encoder without the decoder that this file has behind it.
         python3 "$TABLE" cut "$CACHE/assets/vit/vit_s_focus.onnx" /backbone/layernorm/Add_1_output_0 "$WORK/vit.onnx"
         pictures vit imagenet 2 "$(count 8 34)"
-        quantize "nibble" "$WORK/vit.onnx" "$calib" --batch 1
-        quantize "nibble, gptq" "$WORK/vit.onnx" "$calib" --batch 1 --algorithm gptq
-        if [ -z "${QUICK:-}" ]; then
-            quantize "nibble, percentile 99.999" "$WORK/vit.onnx" "$calib" --batch 1 --observer percentile:99.999
-            quantize "nibble, ranges alone" "$WORK/vit.onnx" "$calib" --batch 1 --no-equalize --no-bias-correction
-        fi
+        variants "$WORK/vit.onnx" "$calib" --batch 1
         table "ViT-S/14, 16 crops of 8 photographs to calibrate" encoder vit "$calib" "$WORK/vit-eval.npy"
         ;;
     minilm)
