@@ -4,7 +4,7 @@
 #
 #   scripts/bench_peers.sh [JOBS]
 #
-# Prints the folder of llama-bench, llama-quantize, llama-perplexity and llama-imatrix.
+# Prints the folder of its programs.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 VERSION=0.3.36
@@ -12,7 +12,7 @@ SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 PEERS="$CACHE/peers"
 SOURCE="$PEERS/llama_cpp_python-$VERSION"
 BUILD="$PEERS/build-llama"
-TOOLS="llama-bench llama-quantize llama-perplexity llama-imatrix"
+TOOLS="llama-bench llama-batched-bench llama-completion llama-quantize llama-perplexity llama-imatrix"
 JOBS="${1:-$(nproc)}"
 
 need_pip

@@ -6,15 +6,16 @@ use crate::progress::duration;
 use crate::session::Session;
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
-use nibble_kernels::ActKind;
+use nibble_kernels::{ActKind, Pool};
+use nibble_models::Model;
 use nibble_models::backend::{Backend, KvKind};
 use nibble_models::cpu::CpuBackend;
 use nibble_models::generate::{GenerateOptions, Generation};
 use nibble_models::sample::SampleSettings;
 use nibble_models::tokenizer::Tokenizer;
-use nibble_models::{Model, ModelOptions};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// How a model is run.
@@ -107,10 +108,9 @@ impl Running {
     pub fn load(&self, session: &Session, checkpoint: &str) -> Result<Speaker> {
         let path = crate::hub::checkpoint(session, checkpoint)?;
         let start = Instant::now();
-        let options =
-            ModelOptions { threads: self.threads.threads.map(Into::into), activations: self.activations.kind() };
-        let model = Model::load(&path, &options)?;
-        let tokenizer = model.tokenizer()?;
+        let pool = Pool::new(self.threads.threads.map_or_else(Pool::default_threads, Into::into));
+        let backend = CpuBackend::new(Arc::new(pool), self.activations.kind());
+        let (model, tokenizer) = Model::load_speaking(&path, backend)?;
         Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
     }
 }
@@ -132,8 +132,7 @@ pub fn open_gpu(session: &Session) -> Result<GpuBackend> {
 pub fn load_on_gpu(session: &Session, checkpoint: &str) -> Result<Speaker<GpuBackend>> {
     let path = crate::hub::checkpoint(session, checkpoint)?;
     let start = Instant::now();
-    let model = Model::load_with(&path, open_gpu(session)?)?;
-    let tokenizer = model.tokenizer()?;
+    let (model, tokenizer) = Model::load_speaking(&path, open_gpu(session)?)?;
     Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
 }
 

@@ -20,6 +20,14 @@ pub enum KernelError {
         /// The group size found.
         found: usize,
     },
+    /// Rows in one arithmetic to be added to rows in another.
+    #[error("rows of {found} to be added to {wanted}, or with other levels, groups or zero points")]
+    Unlike {
+        /// The kind of weight they are.
+        found: &'static str,
+        /// The kind that they should be.
+        wanted: &'static str,
+    },
     /// A code is outside the levels that it indexes.
     #[error("code {found} at row {row}, column {col}; the grid has {levels} levels")]
     Code {

@@ -6,7 +6,7 @@
 //! instruction set; [`select`] picks the first row that accepts the problem, and [`multiply`] runs it.
 //!
 //! ```text
-//! one activation row     worker w takes its share of panels, first to last: it reads its part of the weight once
+//! one activation row     pieces of many panels, each worker takes the next one: the weight is read once, first to last
 //! many activation rows   tasks of a few panels x as many rows as stay in cache; each worker takes the next one
 //! ```
 //! An output is one sum in one order (over K, group by group), so it depends neither on the number of threads, nor on
@@ -30,6 +30,8 @@ use tile::{Output, Tile};
 
 /// Products in one parallel region.
 const REGION: usize = 8;
+/// Pieces that a product of a single row is cut into for each worker.
+const ROW_PIECES: usize = 8;
 /// Bytes of activations that stay in a core's second-level cache beside a panel.
 const ROW_BYTES: usize = 160 << 10;
 /// Panels of one task.
@@ -130,11 +132,13 @@ fn check_len(what: &'static str, found: usize, wanted: usize) -> Result<(), Kern
     if found == wanted { Ok(()) } else { Err(KernelError::Length { what, found, wanted }) }
 }
 
-/// One activation row: panels of all jobs in a line, cut into one piece a worker.
+/// One activation row: panels of all jobs in a line, cut into pieces that are much shorter than the region, so that a worker
+/// whose core is slower or busy takes fewer.
 fn run_row(pool: &Pool, x: &Activations, jobs: &[Option<Job>]) {
     let total: usize = jobs.iter().flatten().map(Job::panels).sum();
-    pool.run(&|worker, workers| {
-        let (start, end) = (total * worker / workers, total * (worker + 1) / workers);
+    let pieces = total.min(pool.threads() * ROW_PIECES);
+    pool.for_each(pieces, |piece| {
+        let (start, end) = (total * piece / pieces, total * (piece + 1) / pieces);
         let mut first = 0;
         for job in jobs.iter().flatten() {
             let panels = start.max(first)..end.min(first + job.panels());

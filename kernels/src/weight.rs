@@ -93,6 +93,26 @@ pub struct Outliers {
     pub values: Vec<f16>,
 }
 
+impl Outliers {
+    /// Adds those of `more` rows under `n` rows. None at all are written without offsets.
+    fn append(&mut self, below: &Outliers, n: usize, more: usize) {
+        if self.cols.is_empty() && below.cols.is_empty() {
+            self.row_start.clear();
+            return;
+        }
+        if self.row_start.is_empty() {
+            self.row_start = vec![0; n + 1];
+        }
+        let start = self.cols.len() as u32;
+        match below.row_start.get(1..) {
+            Some(ends) if !ends.is_empty() => self.row_start.extend(ends.iter().map(|end| start + end)),
+            _ => self.row_start.extend(std::iter::repeat_n(start, more)),
+        }
+        self.cols.extend(&below.cols);
+        self.values.extend(&below.values);
+    }
+}
+
 /// What a packed weight is made from: one code a byte, row-major (n, k).
 #[derive(Debug, Clone, Copy)]
 pub struct WeightSource<'a> {

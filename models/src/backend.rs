@@ -7,7 +7,7 @@
 
 use crate::config::Activation;
 use crate::error::Result;
-use nibble_quant::QTensor;
+use nibble_quant::format::source::QuantizedRows;
 use std::ops::Range;
 
 /// Rows of a batch that continue one sequence.
@@ -24,8 +24,8 @@ pub struct Segment {
 /// A matrix on its way to a device: (n, k), row n is an output feature.
 #[derive(Debug)]
 pub enum Matrix<'a> {
-    /// Codes and scales.
-    Quantized(Box<QTensor>),
+    /// Codes and scales, still in their file.
+    Quantized(QuantizedRows<'a>),
     /// Floats as a checkpoint stores them.
     Dense(DenseMatrix<'a>),
 }

@@ -98,7 +98,7 @@ impl Backend for CpuBackend {
 
     fn weight(&self, matrix: Matrix<'_>) -> Result<PackedWeight> {
         match matrix {
-            Matrix::Quantized(tensor) => Ok(tensor.pack()?),
+            Matrix::Quantized(rows) => Ok(rows.pack()?),
             Matrix::Dense(dense) => pack_dense(&dense),
         }
     }

@@ -96,7 +96,7 @@ impl<G: Gpu> Backend for CudaBackend<G> {
 
     fn weight(&self, matrix: Matrix<'_>) -> Result<Self::Weight> {
         let packed = match matrix {
-            Matrix::Quantized(tensor) => tensor.pack()?,
+            Matrix::Quantized(rows) => rows.pack()?,
             Matrix::Dense(dense) => pack_dense(&dense)?,
         };
         Ok(self.cuda.weight(&packed)?)

@@ -132,6 +132,9 @@ impl<B: Backend> Decoder<B> {
         };
         let (d, f) = (config.hidden, config.ffn);
         let (qd, kd) = (config.q_width(), config.kv_width());
+        // The largest matrices first: while one is packed, its bytes in the file are in memory too.
+        let embedding = matrix("model.embed_tokens.weight", config.vocab_size, d)?;
+        let head = if config.tie_embeddings { None } else { Some(matrix("lm_head.weight", config.vocab_size, d)?) };
         let mut layers = Vec::with_capacity(config.layers.len());
         for i in 0..config.layers.len() {
             let at = |rest: &str| format!("model.layers.{i}.{rest}");
@@ -162,8 +165,6 @@ impl<B: Backend> Decoder<B> {
                 k_norm: optional(config.qk_norm, &at("self_attn.k_norm.weight"), config.head_dim)?,
             });
         }
-        let head = if config.tie_embeddings { None } else { Some(matrix("lm_head.weight", config.vocab_size, d)?) };
-        let embedding = matrix("model.embed_tokens.weight", config.vocab_size, d)?;
         let norm = vector("model.norm.weight", d)?;
         Ok(Decoder { config: config.clone(), embedding, layers, norm, head, linear_parameters, linear_bytes, backend })
     }

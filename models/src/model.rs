@@ -71,14 +71,42 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// As [`Model::load`]; or the device refuses.
     pub fn load_with(path: impl AsRef<Path>, backend: B) -> Result<Model<B>> {
-        let path = path.as_ref();
+        Self::open(path.as_ref(), |path, source, sidecars| Self::pack(path, source, sidecars, backend))
+    }
+
+    /// A model and its tokenizer, which are read at the same time.
+    ///
+    /// # Errors
+    /// As [`Model::load_with`] and [`Model::tokenizer`].
+    pub fn load_speaking(path: impl AsRef<Path>, backend: B) -> Result<(Model<B>, Tokenizer)> {
+        Self::open(path.as_ref(), |path, source, sidecars| {
+            // Not after a minute of packing.
+            Tokenizer::json(&sidecars)?;
+            std::thread::scope(|scope| {
+                let files = sidecars.clone();
+                let tokenizer = scope.spawn(move || {
+                    let tokenizer = Tokenizer::from_sidecars(&files);
+                    // Several times the file, for its parsing.
+                    nibble_kernels::give_back_freed_memory();
+                    tokenizer
+                });
+                let model = Self::pack(path, source, sidecars, backend);
+                let tokenizer = tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                let (model, tokenizer) = (model?, tokenizer?);
+                tokenizer.check_vocab(model.decoder.config().vocab_size)?;
+                Ok((model, tokenizer))
+            })
+        })
+    }
+
+    fn open<R>(path: &Path, then: impl FnOnce(&Path, &dyn TensorSource, Sidecars) -> Result<R>) -> Result<R> {
         match format::detect(path)?.name {
             "gguf" => {
                 let source = GgufCheckpoint::open(path)?;
                 let sidecars = gguf_sidecars(&source, "float32")?;
-                Self::pack(path, &source, sidecars, backend)
+                then(path, &source, sidecars)
             }
-            _ => Self::pack(path, &*format::open(path)?, Sidecars::folder(path), backend),
+            _ => then(path, &*format::open(path)?, Sidecars::folder(path)),
         }
     }
 

@@ -43,21 +43,29 @@ impl Tokenizer {
         Self::from_sidecars(&Sidecars::folder(folder))
     }
 
+    /// The bytes of a checkpoint's `tokenizer.json`.
+    ///
+    /// # Errors
+    /// There is none, or it can't be read.
+    pub(crate) fn json(sidecars: &Sidecars) -> Result<Vec<u8>> {
+        match sidecars.read("tokenizer.json")? {
+            None if sidecars.read("tokenizer.model")?.is_some() => {
+                let why =
+                    "missing; the folder holds only a sentencepiece `tokenizer.model`, convert it with transformers";
+                Err(ModelError::Damaged { path: sidecars.file("tokenizer.json"), why: why.to_owned() })
+            }
+            None => sidecars.need("tokenizer.json"),
+            Some(bytes) => Ok(bytes),
+        }
+    }
+
     /// The same from a checkpoint's sidecars.
     ///
     /// # Errors
     /// As [`Tokenizer::load`].
     pub fn from_sidecars(sidecars: &Sidecars) -> Result<Self> {
         let path = sidecars.file("tokenizer.json");
-        let bytes = match sidecars.read("tokenizer.json")? {
-            None if sidecars.read("tokenizer.model")?.is_some() => {
-                let why =
-                    "missing; the folder holds only a sentencepiece `tokenizer.model`, convert it with transformers";
-                return Err(ModelError::Damaged { path, why: why.to_owned() });
-            }
-            None => sidecars.need("tokenizer.json")?,
-            Some(bytes) => bytes,
-        };
+        let bytes = Self::json(sidecars)?;
         let mut tokenizer = Self::from_json(&path, &bytes)?;
         for name in ["generation_config.json", "config.json"] {
             if let Some(value) = sidecars.json(name)? {

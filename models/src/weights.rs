@@ -25,8 +25,8 @@ impl<'a> Weights<'a> {
     pub fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Matrix<'a>> {
         let info = self.source.info(name)?;
         check_shape(self.source, info, &[n, k])?;
-        if let Some(tensor) = self.source.quantized(name)? {
-            return Ok(Matrix::Quantized(Box::new(tensor)));
+        if let Some(rows) = self.source.quantized_rows(name)? {
+            return Ok(Matrix::Quantized(rows));
         }
         let (dtype, bytes) = match &info.stored {
             Stored::Plain(Dtype::F32) => (FloatFormat::F32, Cow::Borrowed(self.source.bytes(name)?)),

@@ -4,10 +4,51 @@
 //! Double-quantized scales stay codes with their second level; QLoRA's dynamic ones become floats.
 
 use crate::error::Result;
+use crate::format::source::QuantizedRows;
 use crate::{FloatFormat, Grid, QTensor, QuantError, ScaleData, ScaleFormat, Table, ZeroData};
 use half::f16;
 use nibble_kernels::{BLOCK, Levels, PackedWeight, Scales, WeightSource, Zeros};
+use rayon::prelude::*;
 use std::borrow::Cow;
+use std::ops::Range;
+
+/// Codes of a block that is decoded and packed at a time: it stays in a core's second-level cache, and the allocator keeps what it takes.
+const BLOCK_CODES: usize = 1 << 16;
+/// Blocks that are packed before they are put together.
+const WAVE: usize = 16;
+
+impl QuantizedRows<'_> {
+    /// Packs the tensor from its file, a few blocks of rows at a time, in parallel. As [`QTensor::pack`] of the whole.
+    ///
+    /// # Errors
+    /// As [`QTensor::pack`], or its parts contradict each other.
+    pub fn pack(&self) -> Result<PackedWeight> {
+        let blocks = self.blocks(BLOCK_CODES);
+        let pack = |wave: &[Range<usize>]| -> Result<Vec<PackedWeight>> {
+            wave.par_iter().map(|rows| self.block(rows.clone())?.pack()).collect()
+        };
+        let (first, rest) = blocks.split_at(1.min(blocks.len()));
+        let mut whole = match first {
+            [rows] => self.block(rows.clone())?.pack()?,
+            _ => self.all()?.pack()?,
+        };
+        whole.reserve(self.shape()[0]);
+        let mut ready = Vec::new();
+        for wave in rest.chunks(WAVE) {
+            // Memory that is touched for the first time costs as much as packing: both at the same time.
+            let (put, next) = rayon::join(|| put(&mut whole, &ready), || pack(wave));
+            put?;
+            ready = next?;
+        }
+        put(&mut whole, &ready)?;
+        Ok(whole)
+    }
+}
+
+/// Puts blocks under each other.
+fn put(whole: &mut PackedWeight, blocks: &[PackedWeight]) -> Result<()> {
+    blocks.iter().try_for_each(|block| Ok(whole.append(block)?))
+}
 
 impl QTensor {
     /// Packs the tensor for the fused kernels.

@@ -18,7 +18,7 @@ use super::scratch::{PANELS, Scratch, mask, twice};
 use super::tile::Tile;
 use crate::simd::{BYTES, Simd, SimdOp};
 use crate::weight::{Body, Grid};
-use codes::{Codes, Linear4, Linear8, Narrow4, Sum, Table4};
+use codes::{Codes, Linear4, Linear8, Narrow4, Sum, Table4, Unsigned4};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -36,6 +36,7 @@ pub(super) fn linear4<S: Simd, const MR: usize>(tile: &Tile) {
 pub(super) fn table4<S: Simd, const MR: usize>(tile: &Tile) {
     match &tile.weight.body {
         Body::Grid(grid) if S::MULTIPLIES && grid.narrow => run::<S, Narrow4, MR>(tile),
+        _ if S::LEVEL_BIAS == 128 => run::<S, Unsigned4, MR>(tile),
         _ => run::<S, Table4, MR>(tile),
     }
 }

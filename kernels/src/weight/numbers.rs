@@ -62,6 +62,50 @@ impl PackedNumbers {
         }
     }
 
+    /// Makes room for `panels` panels in all; there are `have`.
+    pub(crate) fn reserve(&mut self, have: usize, panels: usize) {
+        let all = |len: usize| len / have.max(1) * panels;
+        match self {
+            PackedNumbers::F16(rows) => rows.reserve(all(rows.len())),
+            PackedNumbers::F32(rows) => rows.reserve(all(rows.len())),
+            PackedNumbers::Coded { codes, second, .. } => {
+                codes.reserve(all(codes.len()));
+                second.reserve(all(second.len()));
+            }
+        }
+    }
+
+    /// Whether [`PackedNumbers::append`] takes these.
+    pub(crate) fn is_alike(&self, other: &PackedNumbers) -> bool {
+        match (self, other) {
+            (PackedNumbers::Coded { span: a, .. }, PackedNumbers::Coded { span: b, .. }) => a == b,
+            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
+        }
+    }
+
+    /// Adds panels that are alike.
+    pub(crate) fn append(&mut self, below: &PackedNumbers) {
+        match (self, below) {
+            (PackedNumbers::F16(rows), PackedNumbers::F16(more)) => rows.extend(more),
+            (PackedNumbers::F32(rows), PackedNumbers::F32(more)) => rows.extend(more),
+            (
+                PackedNumbers::Coded { codes, bias, second, .. },
+                PackedNumbers::Coded { codes: more, bias: their_bias, second: more_second, .. },
+            ) => {
+                let start = codes.len();
+                codes.extend(more);
+                second.extend(more_second);
+                // Codes of which some are negative are below 128, so that the others have room for their bias.
+                if *bias != *their_bias {
+                    let unbiased = if *bias == 0.0 { 0..start } else { start..codes.len() };
+                    codes[unbiased].iter_mut().for_each(|code| *code = code.wrapping_add(128));
+                    *bias = 128.0;
+                }
+            }
+            _ => {}
+        }
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         match self {
             PackedNumbers::F16(rows) => rows.bytes(),

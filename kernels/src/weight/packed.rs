@@ -164,6 +164,47 @@ impl PackedWeight {
         Ok(PackedWeight { n, k, body, outliers: Outliers::default() })
     }
 
+    /// Makes room for `n` rows in all, so that [`PackedWeight::append`] moves nothing.
+    pub fn reserve(&mut self, n: usize) {
+        let (have, panels) = (self.n.div_ceil(PANEL), n.div_ceil(PANEL));
+        let all = |len: usize| len / have.max(1) * panels;
+        match &mut self.body {
+            Body::F32(rows) => rows.reserve(all(rows.len())),
+            Body::F16(rows) => rows.reserve(all(rows.len())),
+            Body::Bf16(rows) => rows.reserve(all(rows.len())),
+            Body::Grid(grid) => {
+                grid.codes.reserve(all(grid.codes.len()));
+                grid.scales.reserve(have, panels);
+                match &mut grid.zeros {
+                    PackedZeros::Const(_) => {}
+                    PackedZeros::Int(zeros) => zeros.reserve(all(zeros.len())),
+                    PackedZeros::Min(mins) => mins.reserve(have, panels),
+                }
+            }
+        }
+    }
+
+    /// Adds the rows of `below` under its own, as if both had been packed together.
+    ///
+    /// Refuses rows of another length or in another arithmetic, and rows under a panel that isn't full; nothing has changed
+    /// then.
+    pub fn append(&mut self, below: &PackedWeight) -> Result<(), KernelError> {
+        check_len("a row to be added", below.k, self.k)?;
+        let last = (self.n + PANEL - 1) % PANEL + 1;
+        check_len("the last panel of rows that others are added to", last, PANEL)?;
+        let unlike = KernelError::Unlike { found: below.kind().name(), wanted: self.kind().name() };
+        match (&mut self.body, &below.body) {
+            (Body::F32(rows), Body::F32(more)) => rows.extend(more),
+            (Body::F16(rows), Body::F16(more)) => rows.extend(more),
+            (Body::Bf16(rows), Body::Bf16(more)) => rows.extend(more),
+            (Body::Grid(grid), Body::Grid(more)) if grid.is_alike(more) => grid.append(more),
+            _ => return Err(unlike),
+        }
+        self.outliers.append(&below.outliers, self.n, below.n);
+        self.n += below.n;
+        Ok(())
+    }
+
     /// Output features (rows).
     pub fn n(&self) -> usize {
         self.n
@@ -262,6 +303,27 @@ impl PackedWeight {
 }
 
 impl Grid {
+    fn is_alike(&self, other: &Grid) -> bool {
+        let zeros = match (&self.zeros, &other.zeros) {
+            (PackedZeros::Const(a), PackedZeros::Const(b)) => a == b,
+            (PackedZeros::Int(_), PackedZeros::Int(_)) => true,
+            (PackedZeros::Min(a), PackedZeros::Min(b)) => a.is_alike(b),
+            _ => false,
+        };
+        let groups = (self.group_blocks, self.groups) == (other.group_blocks, other.groups);
+        zeros && groups && self.levels == other.levels && self.scales.is_alike(&other.scales)
+    }
+
+    fn append(&mut self, below: &Grid) {
+        self.codes.extend(&below.codes);
+        self.scales.append(&below.scales);
+        match (&mut self.zeros, &below.zeros) {
+            (PackedZeros::Int(zeros), PackedZeros::Int(more)) => zeros.extend(more),
+            (PackedZeros::Min(mins), PackedZeros::Min(more)) => mins.append(more),
+            _ => {}
+        }
+    }
+
     /// Bytes of one block of a panel.
     pub(crate) fn block_bytes(&self) -> usize {
         PANEL * BLOCK * self.levels.bits() / 8
@@ -308,7 +370,7 @@ pub(super) fn pack_rows<T: Pod + Send + Sync>(n: usize, width: usize, rows: &[T]
     if width == 0 {
         return Buffer::zeroed(0);
     }
-    let mut packed = Buffer::<T>::zeroed(n.div_ceil(PANEL) * width * PANEL);
+    let mut packed = Buffer::<T>::zeroed_in_large_pages(n.div_ceil(PANEL) * width * PANEL);
     packed.par_chunks_mut(width * PANEL).zip(rows.par_chunks(width * PANEL)).for_each(|(panel, rows)| {
         for (lane, row) in rows.chunks(width).enumerate() {
             for (column, value) in panel.chunks_mut(PANEL).zip(row) {
@@ -324,32 +386,42 @@ fn pack_codes(n: usize, k: usize, levels: &Levels, codes: &[u8]) -> Result<Buffe
         return Ok(Buffer::zeroed(0));
     }
     let panel_bytes = k.div_ceil(BLOCK) * BLOCK * PANEL * levels.bits() / 8;
-    let mut packed = Buffer::<u8>::zeroed(n.div_ceil(PANEL) * panel_bytes);
+    let mut packed = Buffer::<u8>::zeroed_in_large_pages(n.div_ceil(PANEL) * panel_bytes);
     let nibbles = levels.bits() == 4;
     let fault = packed.par_chunks_mut(panel_bytes).zip(codes.par_chunks(k * PANEL)).enumerate().find_map_first(
         |(p, (panel, rows))| {
+            let lines = panel.as_chunks_mut().0;
             for (lane, row) in rows.chunks(k).enumerate() {
-                if nibbles {
-                    if let Some(col) = row.iter().position(|code| *code > 15) {
-                        return Some(KernelError::Code { row: p * PANEL + lane, col, found: row[col], levels: 16 });
-                    }
-                    for (chunk, eight) in panel.chunks_mut(64).zip(row.chunks(8)) {
-                        let mut padded = [0; 8];
-                        padded[..eight.len()].copy_from_slice(eight);
-                        for j in 0..4 {
-                            chunk[4 * lane + j] = padded[j] | padded[4 + j] << 4;
-                        }
-                    }
-                } else {
-                    for (chunk, four) in panel.chunks_mut(64).zip(row.chunks(4)) {
-                        chunk[4 * lane..][..four.len()].copy_from_slice(four);
-                    }
+                if !nibbles {
+                    pack_row(lines, lane, row, |four| u32::from_le_bytes(four));
+                    continue;
                 }
+                if row.iter().fold(0, |most, code| most.max(*code)) > 15 {
+                    let col = row.iter().position(|code| *code > 15).unwrap_or_default();
+                    return Some(KernelError::Code { row: p * PANEL + lane, col, found: row[col], levels: 16 });
+                }
+                pack_row(lines, lane, row, |eight| {
+                    let codes = u64::from_le_bytes(eight);
+                    codes as u32 | (codes >> 28) as u32
+                });
             }
             None
         },
     );
     fault.map_or(Ok(packed), Err)
+}
+
+/// Writes a row's codes to lane `lane` of a panel: those of `N` columns make the lane's word of a line.
+fn pack_row<const N: usize>(lines: &mut [[u8; 64]], lane: usize, row: &[u8], word: impl Fn([u8; N]) -> u32) {
+    let (whole, rest) = row.as_chunks();
+    let mut padded = [0; N];
+    padded[..rest.len()].copy_from_slice(rest);
+    let words = whole.iter().chain(std::iter::once(&padded).filter(|_| !rest.is_empty()));
+    for (line, codes) in lines.iter_mut().zip(words) {
+        if let Some(lane) = line.as_chunks_mut().0.get_mut(lane) {
+            *lane = word(*codes).to_le_bytes();
+        }
+    }
 }
 
 fn check_outliers(outliers: &Outliers, n: usize, k: usize) -> Result<Outliers, KernelError> {

@@ -6,6 +6,7 @@ use nibble_kernels::{
     WeightSource, Zeros,
 };
 use rand::{Rng, rngs::StdRng};
+use std::ops::Range;
 
 pub const KINDS: [WeightKind; 7] = [
     WeightKind::W4Lin,
@@ -149,6 +150,52 @@ impl Weight {
         });
         let scales = Numbers::random(rng, n, groups);
         Weight { n, k, numeric: Numeric::Grid { group, levels, codes, scales, zeros, outliers } }
+    }
+
+    /// Some of its rows.
+    pub fn rows(&self, rows: Range<usize>) -> Weight {
+        fn part<T: Copy>(values: &[T], width: usize, rows: &Range<usize>) -> Vec<T> {
+            values[rows.start * width..rows.end * width].to_vec()
+        }
+        let k = self.k;
+        let numeric = match &self.numeric {
+            Numeric::F32(values) => Numeric::F32(part(values, k, &rows)),
+            Numeric::F16(values) => Numeric::F16(part(values, k, &rows)),
+            Numeric::Bf16(values) => Numeric::Bf16(part(values, k, &rows)),
+            Numeric::Grid { group, levels, codes, scales, zeros, outliers } => {
+                let groups = k.div_ceil(*group);
+                let numbers = |numbers: &Numbers| match numbers {
+                    Numbers::F16(v) => Numbers::F16(part(v, groups, &rows)),
+                    Numbers::F32(v) => Numbers::F32(part(v, groups, &rows)),
+                    Numbers::Coded { codes, second, span } => Numbers::Coded {
+                        codes: part(codes, groups, &rows),
+                        second: part(second, groups.div_ceil(*span), &rows),
+                        span: *span,
+                    },
+                };
+                let outliers = outliers.as_ref().map(|whole| {
+                    let (start, end) = (whole.row_start[rows.start], whole.row_start[rows.end]);
+                    Outliers {
+                        row_start: whole.row_start[rows.start..=rows.end].iter().map(|at| at - start).collect(),
+                        cols: whole.cols[start as usize..end as usize].to_vec(),
+                        values: whole.values[start as usize..end as usize].to_vec(),
+                    }
+                });
+                Numeric::Grid {
+                    group: *group,
+                    levels: *levels,
+                    codes: part(codes, k, &rows),
+                    scales: numbers(scales),
+                    zeros: match zeros {
+                        Offset::Const(zero) => Offset::Const(*zero),
+                        Offset::Int(zeros) => Offset::Int(part(zeros, groups, &rows)),
+                        Offset::Min(mins) => Offset::Min(numbers(mins)),
+                    },
+                    outliers,
+                }
+            }
+        };
+        Weight { n: rows.len(), k, numeric }
     }
 
     pub fn pack(&self) -> Result<PackedWeight, KernelError> {

@@ -2,7 +2,10 @@
 
 use crate::cases::{self, KINDS, Weight};
 use crate::quick::{quick, thin};
-use nibble_kernels::{ActKind, Activations, GEMMS, GemmKernel, Isa, Pool, Product, TILED_ROWS, WeightKind, multiply};
+use nibble_kernels::{
+    ActKind, Activations, GEMMS, GemmKernel, Isa, KernelError, PackedWeight, Pool, Product, TILED_ROWS, WeightKind,
+    multiply,
+};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 fn usable(weight: WeightKind) -> impl Iterator<Item = &'static GemmKernel> {
@@ -69,6 +72,61 @@ fn every_kernel_equals_its_reference_and_its_siblings_bit_for_bit() {
             assert!(first[0].is_some(), "no kernel for {kind:?}");
         }
     }
+}
+
+#[test]
+fn rows_packed_apart_and_put_together_are_the_same_weight() {
+    let mut rng = StdRng::seed_from_u64(11);
+    let pool = Pool::new(1);
+    for (n, k) in thin(2, [(16, 96), (33, 64), (48, 33), (80, 320), (40, 0)]) {
+        for kind in KINDS.iter().cycle().take(3 * KINDS.len()) {
+            let weight = Weight::random(&mut rng, *kind, n, k);
+            let whole = weight.pack().unwrap();
+            let mut together = weight.rows(0..16).pack().unwrap();
+            if rng.random() {
+                together.reserve(n);
+            }
+            let mut start = 16;
+            while start < n {
+                let end = n.min(start + [16, 32][rng.random_range(0..2)]);
+                together.append(&weight.rows(start..end).pack().unwrap()).unwrap();
+                start = end;
+            }
+            assert_eq!((together.n(), together.k(), together.bytes()), (n, k, whole.bytes()), "{weight:?}");
+            for m in [1, 3] {
+                let mut x = Activations::with_capacity(m, k);
+                x.fill(m, k, &cases::activations(&mut rng, m, k)).unwrap();
+                for act in [ActKind::I8, ActKind::F32] {
+                    let mut product = |weight: &PackedWeight| {
+                        let mut out = vec![f32::NAN; m * n];
+                        let product = Product { weight, bias: None, accumulate: false, out: &mut out };
+                        multiply(&pool, &mut x, &mut [product], act).unwrap();
+                        bits(&out)
+                    };
+                    assert_eq!(product(&together), product(&whole), "m {m}, {act:?}, {weight:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_that_do_not_fit_under_others_are_refused() {
+    let mut rng = StdRng::seed_from_u64(12);
+    let mut packed = |kind, n, k| Weight::random(&mut rng, kind, n, k).pack().unwrap();
+    let panel = |found| KernelError::Length {
+        what: "the last panel of rows that others are added to",
+        found,
+        wanted: nibble_kernels::PANEL,
+    };
+    let mut weight = packed(WeightKind::F32, 16, 64);
+    let unlike = KernelError::Unlike { found: "w8", wanted: "f32" };
+    assert_eq!(weight.append(&packed(WeightKind::W8, 16, 64)), Err(unlike));
+    let width = KernelError::Length { what: "a row to be added", found: 96, wanted: 64 };
+    assert_eq!(weight.append(&packed(WeightKind::F32, 16, 96)), Err(width));
+    weight.append(&packed(WeightKind::F32, 3, 64)).unwrap();
+    assert_eq!(weight.append(&packed(WeightKind::F32, 16, 64)), Err(panel(3)));
+    assert_eq!(weight.n(), 19);
 }
 
 #[test]

@@ -15,7 +15,7 @@ pub use parts::{Part, encode, part_slots};
 
 use super::safetensors::SafetensorsSource;
 use super::shards::{Bundle, Slot};
-use super::source::{Stored, TensorInfo, TensorSource};
+use super::source::{QuantizedRows, Stored, TensorInfo, TensorSource};
 use super::{MappedFile, damaged, tensor_error};
 use crate::QuantError;
 use crate::error::Result;
@@ -239,11 +239,11 @@ impl TensorSource for NativeSource {
         Ok(())
     }
 
-    fn quantized(&self, name: &str) -> Result<Option<QTensor>> {
-        match self.entries.get(name) {
-            Some(entry) => self.rows(name, entry, 0..entry.folded(name)?[0]).map(Some),
-            None => self.info(name).map(|_| None),
-        }
+    fn quantized_rows(&self, name: &str) -> Result<Option<QuantizedRows<'_>>> {
+        let Some(entry) = self.entries.get(name) else { return self.info(name).map(|_| None) };
+        let shape = entry.folded(name)?;
+        let (apart, name) = (Self::rows_stand_alone(&entry.spec), name.to_owned());
+        Ok(Some(QuantizedRows { shape, apart, read: Box::new(move |rows| self.rows(&name, entry, rows)) }))
     }
 
     fn release(&self, name: &str) {

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::{QTensor, QuantSpec};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use nibble_kernels::PANEL;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
@@ -109,12 +110,65 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// If there is no such tensor or its parts contradict each other.
     fn quantized(&self, name: &str) -> Result<Option<QTensor>> {
+        self.quantized_rows(name)?.map(|rows| rows.all()).transpose()
+    }
+
+    /// The same, still in its file.
+    ///
+    /// # Errors
+    /// If there is no such tensor.
+    fn quantized_rows(&self, name: &str) -> Result<Option<QuantizedRows<'_>>> {
         self.info(name)?;
         Ok(None)
     }
 
     /// Lets go of the memory that reading this tensor has mapped in.
     fn release(&self, name: &str);
+}
+
+/// A quantized tensor that is still in its file: blocks of its rows become [`QTensor`]s, several at the same time.
+pub struct QuantizedRows<'a> {
+    /// (n, k)
+    pub(crate) shape: [usize; 2],
+    /// Whether rows can be read without the others.
+    pub(crate) apart: bool,
+    pub(crate) read: Box<dyn Fn(Range<usize>) -> Result<QTensor> + Send + Sync + 'a>,
+}
+
+impl QuantizedRows<'_> {
+    /// (n, k)
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// The whole tensor.
+    ///
+    /// # Errors
+    /// If its parts contradict each other.
+    pub fn all(&self) -> Result<QTensor> {
+        (self.read)(0..self.shape[0])
+    }
+
+    /// Its rows in blocks of whole panels, each of about `codes` codes; one block if rows can't be read apart.
+    pub fn blocks(&self, codes: usize) -> Vec<Range<usize>> {
+        let [n, k] = self.shape;
+        let rows = if self.apart { (codes / k.max(1)).next_multiple_of(PANEL).max(PANEL) } else { n.max(1) };
+        (0..n.max(1)).step_by(rows).map(|start| start..n.min(start + rows)).collect()
+    }
+
+    /// Rows `rows`, one of [`QuantizedRows::blocks`].
+    ///
+    /// # Errors
+    /// As [`QuantizedRows::all`].
+    pub fn block(&self, rows: Range<usize>) -> Result<QTensor> {
+        (self.read)(rows)
+    }
+}
+
+impl std::fmt::Debug for QuantizedRows<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QuantizedRows").field("shape", &self.shape).finish_non_exhaustive()
+    }
 }
 
 impl dyn TensorSource + '_ {

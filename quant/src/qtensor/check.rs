@@ -14,7 +14,9 @@ impl QTensor {
         let wanted = n.checked_mul(k).ok_or_else(|| refuse(format!("a shape of {n} x {k}")))?;
         length("codes", self.codes.len(), wanted).map_err(refuse)?;
         let top = ((1u32 << self.spec.bits()) - 1) as u8;
-        if let Some(at) = self.codes.iter().position(|&c| c > top) {
+        // The largest first: that is many codes at a time.
+        let most = self.codes.iter().fold(0, |most, code| most.max(*code));
+        if let Some(at) = (most > top).then(|| self.codes.iter().position(|&c| c > top)).flatten() {
             let (row, col, code) = (at / k, at % k, self.codes[at]);
             return Err(refuse(format!("code {code} at row {row}, column {col}; the grid ends at {top}")));
         }

@@ -147,6 +147,32 @@ fn tensors_come_back_equal_for_every_spec_and_short_groups() {
 }
 
 #[test]
+fn what_is_packed_from_its_file_in_blocks_is_what_is_packed_whole() {
+    let (n, k) = (2500, 64);
+    let mut packed = 0;
+    for (at, spec) in specs().iter().enumerate() {
+        let tensor = random(spec, [n, k], at as u64);
+        // Groups that are no multiple of 32 are for no kernel.
+        let Ok(whole) = tensor.pack() else { continue };
+        let dir = tempfile::tempdir().unwrap();
+        let source = NativeSource::open(&write(dir.path(), &[("t".into(), tensor)])).unwrap();
+        let rows = source.quantized_rows("t").unwrap().unwrap();
+        let apart = NativeSource::rows_stand_alone(spec);
+        assert_eq!(rows.blocks(1 << 16).len(), if apart { 3 } else { 1 }, "{spec}");
+        let blocks = rows.pack().unwrap();
+        assert_eq!((blocks.n(), blocks.k(), blocks.bytes()), (n, k, whole.bytes()), "{spec}");
+        let (mut found, mut wanted) = ([0.0; 64], [0.0; 64]);
+        for row in 0..n {
+            blocks.dequantize_row(row, &mut found).unwrap();
+            whole.dequantize_row(row, &mut wanted).unwrap();
+            assert_eq!(found.map(f32::to_bits), wanted.map(f32::to_bits), "{spec}, row {row}");
+        }
+        packed += 1;
+    }
+    assert!(packed > 3, "only {packed} specs");
+}
+
+#[test]
 fn what_is_kept_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let tensor = random(&specs()[2], [4, 64], 1);

@@ -31,6 +31,8 @@ pub(super) struct Linear4;
 pub(super) struct Table4;
 /// [`Levels::Table4`] with levels of 6 bits, zero point taken off: products of half a block fit in 16-bit sums.
 pub(super) struct Narrow4;
+/// [`Levels::Table4`] with 128 added: bytes without a sign, as VNNI wants them, straight from the table.
+pub(super) struct Unsigned4;
 /// [`Levels::Linear8`]: codes - 128 are signed levels.
 pub(super) struct Linear8;
 
@@ -78,6 +80,23 @@ impl Codes for Narrow4 {
             *level = level.wrapping_add(NARROW as i8);
         }
         s.splat16(&unsigned)
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(s: S, table: S::Bytes, line: S::Bytes) -> [S::Bytes; 2] {
+        Table4::decode(s, table, line)
+    }
+}
+
+impl Codes for Unsigned4 {
+    const LINES: usize = 4;
+    type Sum = Nibbles<1>;
+    type Table<S: Simd> = S::Bytes;
+    const ORIGIN: i32 = -128;
+
+    #[inline(always)]
+    fn table<S: Simd>(s: S, levels: &Levels) -> S::Bytes {
+        s.splat16(&table(levels).map(|level| level.wrapping_add(-128)))
     }
 
     #[inline(always)]

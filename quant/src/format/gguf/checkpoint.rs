@@ -3,11 +3,11 @@
 //! Nothing is copied: rows that GGUF interleaves (see [`hf_names`](crate::format::hf_names)) are put back as they are read.
 
 use super::{GgufSource, exact};
+use crate::QuantError;
 use crate::error::Result;
 use crate::format::hf_names::{Model, uninterleave};
-use crate::format::source::{Stored, TensorInfo, TensorSource, decode_rows};
+use crate::format::source::{QuantizedRows, Stored, TensorInfo, TensorSource, decode_rows};
 use crate::format::tensor_error;
-use crate::{QTensor, QuantError};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -119,7 +119,7 @@ impl TensorSource for GgufCheckpoint {
         Ok(())
     }
 
-    fn quantized(&self, name: &str) -> Result<Option<QTensor>> {
+    fn quantized_rows(&self, name: &str) -> Result<Option<QuantizedRows<'_>>> {
         let at = self.find(name)?;
         let (gguf, head) = &self.origins[at];
         exact::tensor(&self.infos[at], self.source.bytes(gguf)?, *head)
