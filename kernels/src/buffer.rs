@@ -52,7 +52,7 @@ impl<T: Pod> Buffer<T> {
 
     /// Values that there is room for.
     fn room(&self) -> usize {
-        (self.parts.len() - self.start) * size_of::<Part>() / size_of::<T>()
+        self.bytes() / size_of::<T>()
     }
 
     /// Parts that hold `len` values.
