@@ -33,7 +33,7 @@ pub enum ActKind {
 }
 
 /// Fewest activation rows that tiles are worth their decoding for.
-pub const TILED_ROWS: usize = 16;
+pub const TILED_ROWS: usize = 32;
 
 impl ActKind {
     /// The word for it in kernel names.

@@ -19,7 +19,7 @@
 //! keep = "original"
 //! ```
 
-pub(crate) mod glob;
+pub mod glob;
 
 use crate::error::Result;
 use crate::{FloatFormat, QuantError, QuantScheme, Role, algo, presets};

@@ -1,8 +1,8 @@
-"""A Llama-shaped Hugging Face checkpoint as an f16 GGUF file without a vocabulary, for llama-bench and llama-quantize.
+"""A Llama-shaped Hugging Face checkpoint as an f16 GGUF file, for llama.cpp's programs.
 
-    python3 scripts/peers/to_gguf.py CHECKPOINT OUT.gguf
+    python3 scripts/peers/to_gguf.py CHECKPOINT OUT.gguf [VOCABULARY.gguf]
 
-Peers and nibble then compute with the same weights. Reads safetensors by hand (no torch), one tensor at a time.
+The vocabulary is that of another GGUF file with as many tokens; without it the file has none. Peers and nibble then compute with the same weights. Reads safetensors by hand (no torch), one tensor at a time.
 """
 
 import json
@@ -62,6 +62,13 @@ def interleave(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
+def lend_vocabulary(path: str, writer: gguf.GGUFWriter):
+    for name, field in gguf.GGUFReader(path).fields.items():
+        if name.startswith("tokenizer."):
+            kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), kind, inner)
+
+
 def main():
     folder, out = Path(sys.argv[1]), sys.argv[2]
     config = json.loads((folder / "config.json").read_text())
@@ -77,7 +84,10 @@ def main():
     writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    if len(sys.argv) > 3:
+        lend_vocabulary(sys.argv[3], writer)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     for name, values in tensors(folder):
         if "q_proj" in name:

@@ -112,3 +112,14 @@ fn every_kernel_that_is_present_is_timed_and_each_problem_has_its_pick() {
     let tiled = if value["isa"] == "amx" { tiled.len() } else { 0 };
     assert_eq!(picked, 2 * others.len() + tiled);
 }
+
+#[test]
+fn a_kernel_below_the_floor_that_was_asked_for_fails_the_command() {
+    let place = Place::new();
+    let kernels = |floor: &str| place.run(&["kernels", "--time", "--shape", "48x64", "--rows", "5", "--assert", floor]);
+    kernels("gemm_*=0").ok();
+    let missed = kernels("gemm_w8_i8_1x16_*=1e9");
+    let said = missed.error(1);
+    assert!(said.contains("gemm_w8_i8_1x16_") && said.contains("1000000000"), "{said}");
+    assert!(kernels("gemm_w9*=0.5").error(2).contains("gemm_w9*"));
+}

@@ -52,6 +52,8 @@ fn wrong_words_are_refused_with_exit_code_two() {
         (&["eval", "float"], &["--text"]),
         (&["eval", "float", "--text", "t", "--max-kl", "1"], &["--reference"]),
         (&["schemes", "--shape", "12"], &["12", "ROWSxCOLUMNS"]),
+        (&["kernels", "--time", "--assert", "gemm_*=fast"], &["gemm_*=fast", "PATTERN=SHARE"]),
+        (&["kernels", "--assert", "gemm_*=0.5"], &["--time"]),
         (&["synth"], &["--output"]),
         (&[], &["Usage"]),
     ];

@@ -2,7 +2,7 @@
 
 use super::Run;
 use crate::arguments::{Threads, shape};
-use crate::failure::Stopped;
+use crate::failure::{Stopped, Usage};
 use crate::limits::Limits;
 use crate::output::{self, Table};
 use crate::session::Session;
@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use nibble_kernels::gemm::{GEMMS, GemmKernel, Product};
 use nibble_kernels::weight::WeightKind;
 use nibble_kernels::{Activations, DenseSource, Isa, Levels, PackedWeight, Pool, Scales, WeightSource, Zeros};
+use nibble_quant::recipe::glob;
 use serde::Serialize;
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -37,8 +38,41 @@ pub struct Kernels {
     /// Activation rows of kernels for many rows
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(2..))]
     rows: u16,
+    /// Fail if a picked kernel whose name fits PATTERN (`*` is anything) is below this share of its limit: read bandwidth
+    /// for single rows, int8 multiply-adds for many
+    #[arg(long = "assert", value_name = "PATTERN=SHARE", value_parser = floor, requires = "time")]
+    floors: Vec<Floor>,
     #[command(flatten)]
     threads: Threads,
+}
+
+/// The least share of its limit that kernels are to reach.
+#[derive(Debug, Clone)]
+struct Floor {
+    pattern: String,
+    share: f64,
+}
+
+fn floor(text: &str) -> Result<Floor, String> {
+    let wanted = || format!("`{text}`: wanted PATTERN=SHARE such as 'gemm_w4*_1x16_*=0.6'");
+    let (pattern, share) = text.rsplit_once('=').ok_or_else(wanted)?;
+    let share = share.parse().ok().filter(|share: &f64| share.is_finite() && *share >= 0.0).ok_or_else(wanted)?;
+    Ok(Floor { pattern: pattern.to_string(), share })
+}
+
+impl Floor {
+    /// The kernels below it.
+    ///
+    /// # Errors
+    /// It is about none.
+    fn missed_by<'a>(&self, rows: &'a [Row]) -> Result<Vec<(&'a Row, f64)>> {
+        let about = rows.iter().filter(|row| row.picked && glob::matches(&self.pattern, row.name));
+        let shares: Vec<_> = about.filter_map(|row| Some((row, row.share()?))).collect();
+        if shares.is_empty() {
+            return Err(Usage(format!("--assert: no kernel that is picked here fits `{}`", self.pattern)).into());
+        }
+        Ok(shares.into_iter().filter(|(_, share)| *share < self.share).collect())
+    }
 }
 
 /// One kernel as it is reported.
@@ -56,6 +90,13 @@ struct Row {
     picked: bool,
     #[serde(flatten)]
     speed: Option<Speed>,
+}
+
+impl Row {
+    /// Of what bounds its problem.
+    fn share(&self) -> Option<f64> {
+        self.speed.map(|speed| if self.rows == 1 { speed.bandwidth_share } else { speed.int8_share })
+    }
 }
 
 /// What a kernel reached.
@@ -95,14 +136,16 @@ impl Run for Kernels {
             });
         }
         if session.json {
-            return output::json(&json!({"isa": Isa::best().name(), "limits": limits, "kernels": rows}));
+            output::json(&json!({"isa": Isa::best().name(), "limits": limits, "kernels": rows}))?;
+        } else {
+            output::say(&format!("instructions in use: {}", Isa::best()))?;
+            if let Some(limits) = limits {
+                output::say(&limits.line())?;
+            }
+            output::say("")?;
+            output::say(&self.table(&rows).render())?;
         }
-        output::say(&format!("instructions in use: {}", Isa::best()))?;
-        if let Some(limits) = limits {
-            output::say(&limits.line())?;
-        }
-        output::say("")?;
-        output::say(&self.table(&rows).render())
+        self.check_floors(&rows)
     }
 }
 
@@ -114,6 +157,16 @@ fn is_picked(kernel: &'static GemmKernel) -> bool {
 }
 
 impl Kernels {
+    fn check_floors(&self, rows: &[Row]) -> Result<()> {
+        let mut missed = Vec::new();
+        for floor in &self.floors {
+            for (row, share) in floor.missed_by(rows)? {
+                missed.push(format!("{} reached {share:.3} of its limit, wanted {}", row.name, floor.share));
+            }
+        }
+        if missed.is_empty() { Ok(()) } else { anyhow::bail!("{}", missed.join("; ")) }
+    }
+
     fn table(&self, rows: &[Row]) -> Table {
         let mut head = vec!["kernel", "rows", "present"];
         if self.time {

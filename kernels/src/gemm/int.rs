@@ -9,8 +9,8 @@
 //! The product in the inner parentheses is rounded once, the rest is fused. Where numbers are small integers AVX2 multiplies
 //! while it widens 16-bit sums; the rounded product is the same.
 //!
-//! One activation row meets codes that are decoded in registers. Many rows meet a slab of blocks that was decoded to bytes,
-//! a quad of K to a line, and stays in the first-level cache.
+//! Rows that fit in registers meet codes that are decoded in registers. More rows meet a slab of blocks that was decoded to
+//! bytes, a quad of K to a line, and stays in the first-level cache.
 
 mod codes;
 
@@ -24,6 +24,9 @@ use std::ops::Range;
 
 /// Blocks that are decoded at a time: 16 KiB of bytes.
 const SLAB: usize = 32;
+/// Rows of the widest kernels, and what they multiply at a time when there are no more: half of the work for twice as many.
+const MANY: usize = 8;
+const FEW: usize = 4;
 /// Quads of K in a block.
 const QUADS: usize = 8;
 
@@ -65,15 +68,19 @@ impl<C: Codes, const MR: usize> SimdOp for Run<'_, C, MR> {
     #[inline(always)]
     fn eval<S: Simd>(mut self, s: S) {
         let Range { start: mut panel, end } = self.tile.panels;
-        if MR > 1 && S::PANELS == PANELS {
+        // Rows that are in registers at the same time meet codes as they come from memory.
+        let once = self.tile.rows.len() <= MR;
+        if !once && S::PANELS == PANELS {
             while panel + PANELS <= end {
                 self.many::<S, PANELS>(s, panel);
                 panel += PANELS;
             }
         }
         while panel < end {
-            if MR == 1 {
-                self.each(s, panel);
+            if once && MR == MANY && self.tile.rows.len() <= FEW {
+                self.each::<S, FEW>(s, panel);
+            } else if once {
+                self.each::<S, MR>(s, panel);
             } else {
                 self.many::<S, 1>(s, panel);
             }
@@ -93,20 +100,18 @@ impl<C: Codes, const MR: usize> Run<'_, C, MR> {
         }
     }
 
-    /// One panel, decoded in registers, by one row after another.
+    /// One panel, decoded in registers, by the tile's only rows, `ROWS` at most.
     #[inline(always)]
-    fn each<S: Simd>(&mut self, s: S, panel: usize) {
+    fn each<S: Simd, const ROWS: usize>(&mut self, s: S, panel: usize) {
         self.prepare(s, panel, 0);
         let (tile, grid, scratch) = (self.tile, self.grid, &self.scratch[0]);
-        let blocks = tile.x.blocks();
+        let (blocks, row) = (tile.x.blocks(), tile.rows.start);
         let packed = &grid.codes.as_chunks().0[panel * blocks * C::LINES..][..blocks * C::LINES];
         let table = C::table(s, &grid.levels);
         let part = Part::<C, 1> { tile, grid, scratch: [scratch], codes: PhantomData };
-        for row in tile.rows.clone() {
-            let start = [[s.splat(0.0); MR]; 1];
-            let sums = part.rows::<S, MR, false>(s, table, [packed], 0..blocks, row, start);
-            part.finish::<S, MR>(s, panel, row, sums);
-        }
+        let sums = [[s.splat(0.0); ROWS]; 1];
+        let sums = part.rows::<S, MR, ROWS, false>(s, table, [packed], 0..blocks, row, sums);
+        part.finish::<S, MR, ROWS>(s, panel, row, sums);
     }
 
     /// `NP` panels, a slab after another, by `MR` rows at a time.
@@ -152,9 +157,9 @@ impl<C: Codes, const MR: usize> Run<'_, C, MR> {
                     }
                 }
                 let part = Part::<C, NP> { tile, grid, scratch, codes: PhantomData };
-                sums = part.rows::<S, MR, true>(s, table, lines, slab.clone(), row, sums);
+                sums = part.rows::<S, MR, MR, true>(s, table, lines, slab.clone(), row, sums);
                 if slab.end == blocks {
-                    part.finish::<S, MR>(s, panel, row, sums);
+                    part.finish::<S, MR, MR>(s, panel, row, sums);
                 } else {
                     for side in 0..NP {
                         for r in 0..MR {
@@ -173,6 +178,7 @@ impl<C: Codes, const MR: usize> Run<'_, C, MR> {
 fn decode<S: Simd, C: Codes>(s: S, table: C::Table<S>, packed: &[[u8; BYTES]], lines: &mut Vec<[u8; BYTES]>) {
     lines.resize(2 * packed.len(), [0; BYTES]);
     for at in 0..packed.len() {
+        s.prefetch(packed[at].as_ptr().wrapping_add(AHEAD));
         let [low, high] = C::decode(s, table, s.load_bytes(&packed[at]));
         s.store_bytes(low, &mut lines[2 * at]);
         s.store_bytes(high, &mut lines[2 * at + 1]);
@@ -188,9 +194,10 @@ struct Part<'a, C, const NP: usize> {
 }
 
 impl<C: Codes, const NP: usize> Part<'_, C, NP> {
-    /// Adds the blocks of `slab` to the sums of `MR` rows; `lines` are the slab's, decoded or not.
+    /// Adds the blocks of `slab` to the sums of `MR` rows of activations that lie in tiles of `TILE`; `lines` are the slab's,
+    /// decoded or not.
     #[inline(always)]
-    fn rows<S: Simd, const MR: usize, const DECODED: bool>(
+    fn rows<S: Simd, const TILE: usize, const MR: usize, const DECODED: bool>(
         &self,
         s: S,
         table: C::Table<S>,
@@ -199,7 +206,7 @@ impl<C: Codes, const NP: usize> Part<'_, C, NP> {
         row: usize,
         mut sums: [[S::F32; MR]; NP],
     ) -> [[S::F32; MR]; NP] {
-        let x = &self.tile.x.coded_tile::<MR>(row)[slab.clone()];
+        let x = &self.tile.x.coded_tile::<TILE>(row)[slab.clone()];
         let (every_zero, every_integer) = (mask(&self.scratch[0].zeros), mask(&self.scratch[0].integers));
         let group_blocks = self.grid.group_blocks;
         let per_block = if DECODED { QUADS } else { C::LINES };
@@ -219,7 +226,7 @@ impl<C: Codes, const NP: usize> Part<'_, C, NP> {
                 let mut block_lines = lines;
                 for p in 0..NP {
                     block_lines[p] = &lines[p][block * per_block..][..per_block];
-                    if MR == 1 {
+                    if !DECODED {
                         prefetch(s, block_lines[p]);
                     }
                 }
@@ -287,8 +294,14 @@ impl<C: Codes, const NP: usize> Part<'_, C, NP> {
 
     /// Second level, minimums, and what all kernels add; stores the rows that there are.
     #[inline(always)]
-    fn finish<S: Simd, const MR: usize>(&self, s: S, panel: usize, row: usize, mut sums: [[S::F32; MR]; NP]) {
-        let (x, group_blocks) = (self.tile.x.coded_tile::<MR>(row), self.grid.group_blocks);
+    fn finish<S: Simd, const TILE: usize, const MR: usize>(
+        &self,
+        s: S,
+        panel: usize,
+        row: usize,
+        mut sums: [[S::F32; MR]; NP],
+    ) {
+        let (x, group_blocks) = (self.tile.x.coded_tile::<TILE>(row), self.grid.group_blocks);
         for p in 0..NP {
             let Scratch { factor, mins, .. } = self.scratch[p];
             for r in 0..MR {
@@ -315,7 +328,7 @@ impl<C: Codes, const NP: usize> Part<'_, C, NP> {
     }
 }
 
-/// How far ahead of a single row's product codes are asked for: hardware prefetchers stop at 4 KiB pages.
+/// How far ahead of their decoding codes are asked for: hardware prefetchers stop at 4 KiB pages.
 const AHEAD: usize = 8192;
 
 /// Asks for the codes that come [`AHEAD`] of these.

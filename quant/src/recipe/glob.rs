@@ -1,7 +1,7 @@
 //! Patterns over names: `*` stands for any run of characters, `?` for one.
 
 /// Whether all of `name` fits `pattern`; linear in their product at worst.
-pub(crate) fn matches(pattern: &str, name: &str) -> bool {
+pub fn matches(pattern: &str, name: &str) -> bool {
     let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
     // Where to go on after a mismatch: behind the last star, one more character eaten by it.
     let mut retry: Option<(usize, usize)> = None;
