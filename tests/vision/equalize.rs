@@ -58,7 +58,13 @@ fn equalization_keeps_the_function_and_one_run_finds_what_two_find() {
     let file = samples(&float, 6, place.path());
     let data = Data::open(&file, &inputs(&float), options()).unwrap();
     let stop = AtomicBool::new(false);
-    let how = CalibrateOptions { observer: choose("minmax").unwrap(), threads: 1, correct_bias: true, stop: &stop };
+    let how = CalibrateOptions {
+        observer: choose("minmax").unwrap(),
+        threads: 1,
+        correct_bias: true,
+        headroom: 1.0,
+        stop: &stop,
+    };
     let settings = Settings::default();
     let make = |model: &Model| plan(model, &settings, &map);
     let before = make(&float).unwrap();
