@@ -97,14 +97,18 @@ fn value(name: &str, tensor: &Tensor, ty: TensorElementType) -> Result<DynValue>
     ) -> ort::Result<DynValue> {
         Ok(OrtTensor::from_array((dims.to_vec(), values))?.into_dyn())
     }
+    fn narrow<T: TryFrom<i32>>(name: &str, values: &[i32], ty: TensorElementType) -> Result<Vec<T>> {
+        let one = |&v: &i32| T::try_from(v).map_err(|_| refuse(name, format!("takes {ty}, a sample holds {v}")));
+        values.iter().map(one).collect()
+    }
     let dims = tensor.dims.as_slice();
     let made = match (&tensor.values, ty) {
         (Values::Float(v), TensorElementType::Float32) => of(dims, v.clone()),
         (Values::Float(v), TensorElementType::Float64) => of(dims, v.iter().map(|&x| f64::from(x)).collect()),
         (Values::Int(v), TensorElementType::Int64) => of(dims, v.iter().map(|&x| i64::from(x)).collect()),
         (Values::Int(v), TensorElementType::Int32) => of(dims, v.clone()),
-        (Values::Int(v), TensorElementType::Uint8) => of(dims, v.iter().map(|&x| x as u8).collect()),
-        (Values::Int(v), TensorElementType::Int8) => of(dims, v.iter().map(|&x| x as i8).collect()),
+        (Values::Int(v), TensorElementType::Uint8) => of(dims, narrow::<u8>(name, v, ty)?),
+        (Values::Int(v), TensorElementType::Int8) => of(dims, narrow::<i8>(name, v, ty)?),
         (Values::Int(v), TensorElementType::Bool) => of(dims, v.iter().map(|&x| x != 0).collect()),
         (_, ty) => return Err(refuse(name, format!("takes {ty}, which no sample is made of"))),
     };

@@ -93,9 +93,10 @@ pub struct Quantize {
     /// Take activations of all layers in one term
     #[arg(long)]
     no_fine: bool,
-    /// Multiply ranges by this: values of other samples are larger than those of the few that are seen
-    #[arg(long, value_name = "FACTOR", default_value = "1.1", value_parser = headroom)]
-    headroom: f32,
+    /// Multiply ranges by this: values of other samples are larger than those of the few that are seen [default: 1.1 with
+    /// minmax, 1 with observers that cut values off]
+    #[arg(long, value_name = "FACTOR", value_parser = headroom)]
+    headroom: Option<f32>,
     /// Leave the ranges of channels as they are
     #[arg(long)]
     no_equalize: bool,
@@ -149,6 +150,9 @@ enum TargetWord {
     Onnxruntime,
     Tensorrt,
 }
+
+/// What smallest and largest values are multiplied by.
+const HEADROOM: f32 = 1.1;
 
 /// Reads a factor for ranges.
 fn headroom(text: &str) -> Result<f32, String> {
@@ -225,7 +229,7 @@ impl Quantize {
             observer,
             threads: self.threads.count(),
             correct_bias: !self.no_bias_correction,
-            headroom: self.headroom,
+            headroom: self.headroom.unwrap_or(if observer.observer.name == "minmax" { HEADROOM } else { 1.0 }),
             stop: session.stop(),
         };
         let make = |model: &Model| plan(model, &settings, folded);
