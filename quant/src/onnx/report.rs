@@ -42,7 +42,7 @@ pub struct Report {
 }
 
 /// Reads every QuantizeLinear of an activation, and every DequantizeLinear of integers that stand for a constant of the
-/// float model, known by its name: `{name}_quantized`.
+/// float model, known by its name: `{name}_quantized`. Biases aren't among them: they are changed on purpose.
 ///
 /// # Errors
 /// A graph that is none, or constants whose bytes don't fit their shape.
@@ -55,7 +55,8 @@ pub fn report(float: &Model, quantized: &Model) -> Result<Report> {
             ("QuantizeLinear", None, Some(scale)) => report.activations.extend(activation(&graph, node, scale)?),
             ("DequantizeLinear", Some(codes), Some(scale)) => {
                 let name = codes.name().strip_suffix("_quantized").unwrap_or(codes.name());
-                let Some(exact) = exact.get(name).filter(|t| t.dims == codes.dims) else { continue };
+                let same = |t: &&&TensorProto| t.dims == codes.dims && codes.data_type() != DataType::Int32;
+                let Some(exact) = exact.get(name).filter(same) else { continue };
                 report.weights.push(weight(node, exact, codes, scale, graph.constant(node.arg(2)))?);
             }
             _ => {}
