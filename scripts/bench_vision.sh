@@ -6,7 +6,7 @@
 #   scripts/bench_vision.sh [lite0|vit|minilm]...
 #
 # NIBBLE is the program (default: the release build), ROUNDS the latency rounds (default 60), QUICK=1 takes fewer samples
-# to judge by and leaves out the percentile and the ranges alone.
+# to judge by and leaves out all variants but GPTQ and scales found at run time.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
 
@@ -54,13 +54,17 @@ table() {
 # count FEW MANY: how many samples.
 count() { [ -n "${QUICK:-}" ] && printf %s "$1" || printf %s "$2"; }
 
-# variants MODEL CALIB [FLAG...]: what nibble makes of a model, by itself and with parts of it changed.
+# variants KIND MODEL CALIB [FLAG...]: what nibble makes of a model, by itself and with parts of it changed.
 variants() {
+    local kind="$1"
+    shift
     quantize "nibble" "$@"
     quantize "nibble, gptq" "$@" --algorithm gptq
+    [ "$kind" = cnn ] || quantize "nibble, dynamic" "$@" --mode dynamic
     [ -z "${QUICK:-}" ] || return 0
-    quantize "nibble, percentile 99.999" "$@" --observer percentile:99.999
-    quantize "nibble, ranges alone" "$@" --no-equalize --no-bias-correction
+    [ "$kind" = encoder ] || quantize "nibble, percentile 99.999" "$@" --observer percentile:99.999
+    [ "$kind" = cnn ] || quantize "nibble, one term, no headroom" "$@" --no-fine --headroom 1
+    quantize "nibble, ranges alone" "$@" --no-fine --headroom 1 --no-equalize --no-bias-correction
 }
 
 for model in ${*:-lite0 vit minilm}; do
@@ -71,14 +75,14 @@ for model in ${*:-lite0 vit minilm}; do
     lite0)
         "$NIBBLE" vision export "$CACHE/assets/efficientnet/efficientnet-lite0-57934424.pth" --force -o "$WORK/lite0.onnx" >&2
         pictures lite0 lite 8 "$(count 16 85)"
-        variants "$WORK/lite0.onnx" "$calib" --batch 1
+        variants cnn "$WORK/lite0.onnx" "$calib" --batch 1
         table "EfficientNet-Lite0, 64 crops of 8 photographs to calibrate" cnn lite0 "$calib" "$WORK/lite0-eval.npy"
         ;;
     vit)
         # The encoder without the decoder that this file has behind it.
         python3 "$TABLE" cut "$CACHE/assets/vit/vit_s_focus.onnx" /backbone/layernorm/Add_1_output_0 "$WORK/vit.onnx"
         pictures vit imagenet 2 "$(count 8 34)"
-        variants "$WORK/vit.onnx" "$calib" --batch 1
+        variants encoder "$WORK/vit.onnx" "$calib" --batch 1
         table "ViT-S/14, 16 crops of 8 photographs to calibrate" encoder vit "$calib" "$WORK/vit-eval.npy"
         ;;
     minilm)
@@ -87,9 +91,7 @@ for model in ${*:-lite0 vit minilm}; do
         awk 'length > 200' "$CACHE/texts/calib.txt" | sed -n 1,64p >"$WORK/minilm-calib.txt"
         awk 'length > 200' "$CACHE/texts/eval.txt" | sed -n "1,$(count 40 200)p" >"$WORK/minilm-eval.txt"
         calib="$WORK/minilm-calib.txt"
-        quantize "nibble" "$WORK/minilm.onnx" "$calib" --tokenizer "$TOKENIZER"
-        quantize "nibble, gptq" "$WORK/minilm.onnx" "$calib" --tokenizer "$TOKENIZER" --algorithm gptq
-        quantize "nibble, dynamic" "$WORK/minilm.onnx" "$calib" --mode dynamic
+        variants encoder "$WORK/minilm.onnx" "$calib" --tokenizer "$TOKENIZER"
         table "MiniLM, 64 paragraphs to calibrate" encoder minilm "$calib" "$WORK/minilm-eval.txt"
         ;;
     *) die "no model \`$model\`" "known: lite0 vit minilm" ;;

@@ -3,6 +3,8 @@
 
 mod equalize;
 mod export;
+#[cfg(feature = "ort")]
+mod ort;
 
 use crate::assets::{asset, repository};
 use crate::fetched::oracle;
@@ -15,7 +17,7 @@ use nibble_models::vision::picture::preprocess;
 use nibble_quant::observer::{IntGrid, IntType, choose};
 use nibble_quant::onnx::proto::{AttributeProto, NodeProto};
 use nibble_quant::onnx::tensor::from_f32;
-use nibble_quant::onnx::{External, Mode, Model, Settings, fold, plan, qdq};
+use nibble_quant::onnx::{External, Mode, Model, Packing, Settings, fold, plan, qdq};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -67,8 +69,13 @@ fn quantize(float: &Model, settings: &Settings, data: &Path, observer: &str, thr
     let mut folded = float.clone();
     let map = fold_model(&mut folded, threads).unwrap();
     let stop = AtomicBool::new(false);
-    let calibrating =
-        CalibrateOptions { observer: choose(observer).unwrap(), threads, correct_bias: true, stop: &stop };
+    let calibrating = CalibrateOptions {
+        observer: choose(observer).unwrap(),
+        threads,
+        correct_bias: true,
+        headroom: 1.0,
+        stop: &stop,
+    };
     let data = Data::open(data, &inputs(&folded), options()).unwrap();
     if settings.mode == Mode::Static {
         let before = plan(&folded, settings, &map).unwrap();
@@ -139,6 +146,25 @@ fn mlp(dims: &[i64], gemm: bool) -> Model {
     finish(model(nodes, constants, ("x", dims), &["y"]), &out)
 }
 
+/// [`mlp`] with a GELU written out in place of the Relu.
+fn gelu() -> Model {
+    let mut made = mlp(&[1, 5, 32], false);
+    let graph = made.graph_mut();
+    let at = graph.node.iter().position(|n| n.is("Relu")).unwrap();
+    let written = [
+        node("Div", &["h", "root"], "scaled"),
+        node("Erf", &["scaled"], "erf"),
+        node("Add", &["erf", "one"], "sum"),
+        node("Mul", &["h", "sum"], "twice"),
+        node("Mul", &["twice", "half"], "r"),
+    ];
+    graph.node.splice(at..=at, written);
+    for (name, value) in [("root", std::f32::consts::SQRT_2), ("one", 1.0), ("half", 0.5)] {
+        graph.initializer.push(from_f32(name, &[], &[value]));
+    }
+    made
+}
+
 /// onnx's checker wants outputs with types.
 fn finish(mut model: Model, dims: &[i64]) -> Model {
     let outputs = &mut model.graph_mut().output;
@@ -157,7 +183,12 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
     let mut u8s = Settings::default();
     u8s.weights.bits = 7;
     let dynamic = Settings { mode: Mode::Dynamic, ..u8s.clone() };
-    let packed = |bits| Settings { mode: Mode::WeightOnly { bits, group: 32 }, ..Settings::default() };
+    let blocks =
+        |bits| Settings { mode: Mode::WeightOnly { bits, group: 32, form: Packing::Blocks }, ..Settings::default() };
+    let packed = |bits| Settings {
+        mode: Mode::WeightOnly { bits, group: 32, form: Packing::MatMulNBits },
+        ..Settings::default()
+    };
     // The model, how, and which operators must be there how often; Conv, MatMul and Gemm in float must not.
     let cases: Vec<Fused> = vec![
         (
@@ -172,6 +203,9 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
         ("products of rank 4", mlp(&[1, 2, 5, 32], false), u8s, &[("MatMulIntegerToFloat", 2)]),
         ("dynamic products", mlp(&[1, 5, 32], false), dynamic.clone(), &[("DynamicQuantizeMatMul", 2)]),
         ("dynamic gemms", mlp(&[1, 32], true), dynamic, &[("DynamicQuantizeMatMul", 2)]),
+        ("after a GELU", gelu(), Settings::default(), &[("MatMulIntegerToFloat", 3), ("DynamicQuantizeMatMul", 0)]),
+        ("4-bit blocks", mlp(&[1, 5, 32], false), blocks(4), &[("MatMulNBits", 2)]),
+        ("8-bit blocks", mlp(&[1, 5, 32], false), blocks(8), &[("MatMulNBits", 2)]),
         ("4-bit weights", mlp(&[1, 5, 32], false), packed(4), &[("MatMulNBits", 2)]),
         ("8-bit weights", mlp(&[1, 5, 32], false), packed(8), &[("MatMulNBits", 2)]),
     ];
@@ -180,7 +214,7 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
         let quantized = quantize(&float, &settings, &data, "minmax", 1);
         let Some(found) = operators(&quantized, place) else { return };
         for (op, count) in wanted {
-            assert_eq!(found.get(*op), Some(count), "{name}: {found:?}");
+            assert_eq!(found.get(*op).unwrap_or(&0), count, "{name}: {found:?}");
         }
         for op in ["Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul", "Relu", "Clip"] {
             let left = matches!((op, name), ("Relu", n) if !n.contains("cnn") && n != "gemms");
@@ -234,8 +268,13 @@ fn a_value_that_is_not_finite_is_named_by_tensor() {
     let map = fold_model(&mut float, 1).unwrap();
     let plan = plan(&float, &Settings::default(), &map).unwrap();
     let stop = AtomicBool::new(false);
-    let calibrating =
-        CalibrateOptions { observer: choose("minmax").unwrap(), threads: 1, correct_bias: true, stop: &stop };
+    let calibrating = CalibrateOptions {
+        observer: choose("minmax").unwrap(),
+        threads: 1,
+        correct_bias: true,
+        headroom: 1.0,
+        stop: &stop,
+    };
     let data = Data::open(&data, &inputs(&float), options()).unwrap();
     let error = calibrate(&float, &plan, &data, &calibrating, &mut || ()).unwrap_err().to_string();
     assert!(error.contains("tensor `c3`") || error.contains("tensor `sum`"), "{error}");

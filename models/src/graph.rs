@@ -1,15 +1,24 @@
 //! Running ONNX graphs: values in by name, any tensor out by name.
 //!
 //! [`GraphRunner`] is what calibration and evaluation need of an engine. The embedded one is [`Rten`], in pure Rust: it
-//! runs the float model and its quantized form, without anything to install.
+//! runs the float model and its quantized form, without anything to install. With the feature `ort` there is also `Ort`,
+//! ONNX Runtime out of its shared library.
 
+#[cfg(feature = "ort")]
+mod ort;
 mod rten;
 
+#[cfg(feature = "ort")]
+pub use ort::{Ort, OrtLibrary};
 pub use rten::Rten;
 
 use crate::{ModelError, Result};
+use nibble_quant::onnx::file::MAX_PROTOBUF;
 use nibble_quant::onnx::fold::Computed;
-use nibble_quant::onnx::{Model, fold};
+use nibble_quant::onnx::proto::{ModelProto, ValueInfoProto};
+use nibble_quant::onnx::{External, Model, fold};
+use prost::Message;
+use std::path::PathBuf;
 
 /// A tensor's values, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,6 +84,46 @@ impl Tensor {
                 Err(ModelError::Graph { what: what.into(), why: "holds integers, floats were wanted".into() })
             }
         }
+    }
+}
+
+fn refuse(what: &str, why: impl ToString) -> ModelError {
+    ModelError::Graph { what: what.into(), why: why.to_string() }
+}
+
+/// A model with more of its tensors as outputs.
+fn asking_for(model: &Model, kept: &[String]) -> ModelProto {
+    let mut proto = model.proto.clone();
+    let outputs = &mut proto.graph.get_or_insert_default().output;
+    for name in kept {
+        if !outputs.iter().any(|o| o.name() == name) {
+            outputs.push(ValueInfoProto { name: Some(name.clone()), ..Default::default() });
+        }
+    }
+    proto
+}
+
+/// A model as engines load it.
+enum Packed {
+    /// In one piece.
+    Bytes(Vec<u8>),
+    /// Over 2 GB only a file with its weights beside it can be read.
+    File {
+        path: PathBuf,
+        /// The folder goes with this value.
+        _folder: tempfile::TempDir,
+    },
+}
+
+impl Packed {
+    fn new(proto: &ModelProto) -> Result<Packed> {
+        if proto.encoded_len() as u64 <= MAX_PROTOBUF {
+            return Ok(Packed::Bytes(proto.encode_to_vec()));
+        }
+        let folder = tempfile::tempdir().map_err(ModelError::io(std::env::temp_dir()))?;
+        let path = folder.path().join("model.onnx");
+        Model { proto: proto.clone(), ..Default::default() }.save(&path, External::Always)?;
+        Ok(Packed::File { path, _folder: folder })
     }
 }
 

@@ -8,6 +8,7 @@ pub mod calibrate;
 pub mod data;
 pub mod evaluate;
 pub mod export;
+pub mod latency;
 pub mod picture;
 pub mod pth;
 pub mod text;

@@ -118,13 +118,13 @@ pub struct Choice {
     pub parameter: f64,
 }
 
-/// The observer of that name, `percentile` or `percentile:99.9`.
+/// The observer of that name, `percentile`, `percentile:99.9` or `percentile=99.9`.
 ///
 /// # Errors
 /// There is none, it takes no number, or the number is out of its bounds.
 pub fn choose(text: &str) -> Result<Choice> {
     let refuse = |why: String| QuantError::Spec { what: format!("observer `{text}`"), why };
-    let (name, number) = match text.split_once(':') {
+    let (name, number) = match text.split_once([':', '=']) {
         Some((name, number)) => (name, Some(number)),
         None => (text, None),
     };

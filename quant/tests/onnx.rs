@@ -8,7 +8,11 @@ mod fold;
 mod graph;
 #[path = "onnx/interpreter.rs"]
 mod interpreter;
+#[path = "onnx/opset.rs"]
+mod opset;
 #[path = "onnx/qdq.rs"]
 mod qdq;
 #[path = "onnx/small.rs"]
 mod small;
+#[path = "onnx/terms.rs"]
+mod terms;

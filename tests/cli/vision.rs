@@ -51,15 +51,29 @@ fn a_model_is_quantized_and_judged() {
     let made = place.run(&[&QUANTIZE[..], &["--json"]].concat()).json();
     assert_eq!((made["samples"].as_u64(), made["nodes"].as_u64()), (Some(16), Some(6)));
     assert_eq!(made["quantized_nodes"], 5);
+    let rows = |key: &str| made[key].as_array().unwrap().iter().map(|r| r["tensor"].to_string()).collect::<Vec<_>>();
+    assert_eq!(rows("activations").len(), 5, "{made}");
+    assert_eq!(rows("weights"), ["\"w1\"", "\"w2\"", "\"fc\""]);
+    assert!(made["weights"].as_array().unwrap().iter().all(|w| w["sqnr_db"].as_f64().unwrap() > 35.0), "{made}");
     assert_eq!(made["bytes_out"], std::fs::metadata(place.path("int8.onnx")).unwrap().len());
     let judged = place.run(&["vision", "eval", "model.onnx", "int8.onnx", "-d", "eval.npy", "--json"]).json();
     let logits = &judged["outputs"][0];
+    assert!((0.0..0.05).contains(&logits["kl"].as_f64().unwrap()), "{judged}");
     assert_eq!((judged["samples"].as_u64(), logits["name"].as_str()), (Some(8), Some("logits")));
     assert!(logits["sqnr_db"].as_f64().unwrap() > 25.0 && logits["cosine"].as_f64().unwrap() > 0.99, "{judged}");
     // A model is its own equal: no noise, every sample alike.
     let same = place.run(&["vision", "eval", "model.onnx", "model.onnx", "-d", "eval.npy", "--json"]).json();
     let logits = &same["outputs"][0];
     assert!(logits["sqnr_db"].is_null() && logits["top1"] == 1.0 && logits["nearest"] == 1.0, "{same}");
+    assert_eq!(logits["kl"], 0.0);
+    // Each tensor that both models have, by pattern; what is folded away isn't among them.
+    let inside = ["vision", "eval", "model.onnx", "int8.onnx", "-d", "eval.npy", "--json", "--tensor"];
+    let inside = |pattern| place.run(&[&inside[..], &[pattern]].concat());
+    let outputs = inside("*").json();
+    let names: Vec<&str> = outputs["outputs"].as_array().unwrap().iter().map(|o| o["name"].as_str().unwrap()).collect();
+    assert_eq!(names[0], "logits");
+    assert!(names.contains(&"r1") && names.contains(&"pool"), "{names:?}");
+    assert!(inside("*nothing").error(2).contains("no tensor of such a name"));
     let failed = place.run(&["vision", "eval", "model.onnx", "int8.onnx", "-d", "eval.npy", "--min-sqnr", "200"]);
     assert!(failed.error(1).contains("output `logits`"), "{}", failed.stderr);
 
@@ -108,6 +122,9 @@ fn wrong_words_are_refused_before_anything_runs() {
         (&[calib, &["--shape", "x=1x3x9x8"][..]].concat(), 1, "dimension 2 is 8 in the model, 9 was asked for"),
         (&[calib, &["--shape", "x"][..]].concat(), 1, "wanted NAME=1x3x224x224"),
         (&["--mode", "weights", "--bits", "3"], 2, "4 or 8 are possible"),
+        (&[calib, &["--headroom", "0"][..]].concat(), 2, "a factor from 0.1 to 10 is possible"),
+        (&[calib, &["--fine", "Gemm.c9"][..]].concat(), 2, "pattern `Gemm.c9`: fits no node"),
+        (&[calib, &["--observer", "percentile=101"][..]].concat(), 2, "observer `percentile=101`"),
     ] {
         let ended = place.run(&[&base[..], words].concat());
         assert!(ended.error(code).contains(says), "{words:?}: {}", ended.stderr);
@@ -149,4 +166,35 @@ fn damaged_models_and_samples_are_named() {
     let ended = place.run(&["vision", "quantize", "model.onnx", "-o", "int8.onnx", "--calib", "empty"]);
     assert!(ended.error(1).contains("photo.png: not a picture"), "{}", ended.stderr);
     assert!(!place.path("int8.onnx").exists());
+}
+
+#[test]
+fn files_that_are_no_samples_are_said_to_be_passed_over() {
+    let place = place();
+    std::fs::create_dir(place.path("samples")).unwrap();
+    std::fs::copy(place.path("calib.npy"), place.path("samples/calib.npy")).unwrap();
+    for name in ["a.gif", "b.md"] {
+        std::fs::write(place.path("samples").join(name), b"?").unwrap();
+    }
+    let ended = place.run(&["vision", "quantize", "model.onnx", "-o", "int8.onnx", "--calib", "samples"]);
+    ended.ok();
+    assert!(ended.stderr.contains("a.gif and 1 more: passed over"), "{}", ended.stderr);
+}
+
+#[test]
+fn onnx_runtime_is_asked_for_by_name_and_its_absence_is_one_sentence() {
+    let place = place();
+    let eval = ["vision", "eval", "model.onnx", "model.onnx", "-d", "eval.npy"];
+    for words in [&["--engine", "ort"][..], &["--bench=2"]] {
+        let mut command = place.command(&[&eval[..], words].concat());
+        command.env_remove("NIBBLE_ORT_LIBRARY");
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        let wanted = match cfg!(feature = "ort") {
+            true => "--ort-library (or NIBBLE_ORT_LIBRARY) is needed",
+            false => "built without ONNX Runtime; build it with `--features ort`",
+        };
+        assert!(said.contains(wanted), "{said}");
+    }
 }

@@ -1,6 +1,7 @@
 //! `nibble vision`: ONNX models of pictures (and other encoders) in 8-bit integers.
 
 mod data;
+mod engine;
 mod eval;
 mod export;
 mod inspect;

@@ -1,11 +1,9 @@
 //! The embedded engine: rten, a pure Rust runtime that loads ONNX.
 
-use super::{GraphRunner, Input, Tensor, Values, inputs};
-use crate::{ModelError, Result};
-use nibble_quant::onnx::file::MAX_PROTOBUF;
-use nibble_quant::onnx::proto::{AttributeProto, GraphProto, ModelProto, ValueInfoProto};
-use nibble_quant::onnx::{External, Model};
-use prost::Message;
+use super::{GraphRunner, Input, Packed, Tensor, Values, asking_for, inputs, refuse};
+use crate::Result;
+use nibble_quant::onnx::Model;
+use nibble_quant::onnx::proto::{AttributeProto, GraphProto, ModelProto};
 use rten::{ModelOptions, RunOptions, ThreadPool, Value, ValueOrView, ValueView};
 use rten_tensor::prelude::*;
 use std::collections::HashMap;
@@ -18,26 +16,16 @@ pub struct Rten {
     pool: Arc<ThreadPool>,
 }
 
-fn refuse(what: &str, why: impl ToString) -> ModelError {
-    ModelError::Graph { what: what.into(), why: why.to_string() }
-}
-
 impl Rten {
     /// Loads a model; tensors named in `kept` can be asked for like its outputs, all others may be optimized away.
     ///
     /// # Errors
     /// An operator that rten doesn't have, by its node, or a graph that it can't load.
     pub fn new(model: &Model, kept: &[String], threads: usize) -> Result<Rten> {
-        let mut proto = model.proto.clone();
+        let mut proto = asking_for(model, kept);
         // The version is how rten tells ONNX from other files.
         proto.ir_version.get_or_insert(8);
-        let graph = proto.graph.get_or_insert_default();
-        spell_out_kernels(graph);
-        for name in kept {
-            if !graph.output.iter().any(|o| o.name() == name) {
-                graph.output.push(ValueInfoProto { name: Some(name.clone()), ..Default::default() });
-            }
-        }
+        spell_out_kernels(proto.graph.get_or_insert_default());
         let mut options = ModelOptions::with_all_ops();
         // The optimizer gives up where it finds that two of the tensors asked for are one; without it they are two.
         let loaded = match load(&proto, &options) {
@@ -68,15 +56,11 @@ fn spell_out_kernels(graph: &mut GraphProto) {
 }
 
 fn load(proto: &ModelProto, options: &ModelOptions) -> Result<rten::Model> {
-    let failed = |e: rten::LoadError| refuse(e.node().unwrap_or("graph"), format!("rten can't load it: {e}"));
-    if proto.encoded_len() as u64 <= MAX_PROTOBUF {
-        return options.load(proto.encode_to_vec()).map_err(failed);
-    }
-    // Over 2 GB only a file with its weights beside it can be read.
-    let folder = tempfile::tempdir().map_err(ModelError::io(std::env::temp_dir()))?;
-    let path = folder.path().join("model.onnx");
-    Model { proto: proto.clone(), ..Default::default() }.save(&path, External::Always)?;
-    options.load_file(&path).map_err(failed)
+    let loaded = match Packed::new(proto)? {
+        Packed::Bytes(bytes) => options.load(bytes),
+        Packed::File { path, _folder } => options.load_file(path),
+    };
+    loaded.map_err(|e| refuse(e.node().unwrap_or("graph"), format!("rten can't load it: {e}")))
 }
 
 impl GraphRunner for Rten {

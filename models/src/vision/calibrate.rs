@@ -14,7 +14,7 @@ use nibble_quant::onnx::weights::reads_channels;
 use nibble_quant::onnx::{Calibration, Graph, Model, Plan};
 use nibble_quant::stats::Input;
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -26,6 +26,8 @@ pub struct CalibrateOptions<'a> {
     pub threads: usize,
     /// Whether biases are to be corrected by the mean error of the weights.
     pub correct_bias: bool,
+    /// What ranges are multiplied by: other samples have larger values than the few that are seen.
+    pub headroom: f32,
     /// Set when the user wants to stop.
     pub stop: &'a AtomicBool,
 }
@@ -224,7 +226,30 @@ pub fn calibrate(
     let histogram = options.observer.observer.histogram;
     let channels = layer_inputs(model, plan, options.correct_bias)?;
     let seen = observe(model, &plan.observed(), channels, data, histogram, options, progress)?;
-    finish(seen, plan, options)
+    let mut calibration = finish(seen, plan, options)?;
+    make_room(model, plan, &mut calibration, options.headroom)?;
+    Ok(calibration)
+}
+
+/// What ranges of tensors in two terms are multiplied by at least: there the step costs next to nothing, and values beyond
+/// the range much.
+const FINE_HEADROOM: f32 = 2.0;
+
+/// Tensors in two terms. Matrices never are: there a layer is one Gemm.
+fn fine_tensors(model: &Model, plan: &Plan, ranks: &BTreeMap<String, usize>) -> Result<BTreeSet<String>> {
+    let mut fine = plan.fine_tensors(&Graph::new(model.graph())?);
+    fine.retain(|name| ranks.get(name).is_some_and(|&rank| rank > 2));
+    Ok(fine)
+}
+
+/// Widens ranges by the room that other samples may need.
+fn make_room(model: &Model, plan: &Plan, calibration: &mut Calibration, headroom: f32) -> Result<()> {
+    let fine = fine_tensors(model, plan, &calibration.ranks)?;
+    for (name, range) in &mut calibration.ranges {
+        let by = if fine.contains(name) { headroom.max(FINE_HEADROOM) } else { headroom };
+        *range = Range { lo: range.lo * by, hi: range.hi * by };
+    }
+    Ok(())
 }
 
 /// What a plan needs of what was seen.
@@ -284,7 +309,8 @@ pub fn equalize_channels(
         channels.entry(name).or_insert_with(|| Channels::along(input.axis));
     }
     let seen = observe(model, &[], channels, data, false, options, progress)?;
-    Ok(equalize(model, &statistics(&seen))?)
+    let fine = fine_tensors(model, plan, &seen.ranks)?;
+    Ok(equalize(model, &statistics(&seen), &fine)?)
 }
 
 /// [`equalize_channels`] and [`calibrate`] in one run over the samples, for observers that read ranges alone: factors
@@ -306,7 +332,8 @@ pub fn equalize_and_calibrate(
         channels.entry(name).or_insert(site);
     }
     let seen = observe(model, &before.observed(), channels, data, false, options, progress)?;
-    let scaled = equalize(model, &statistics(&seen))?;
+    let fine = fine_tensors(model, &before, &seen.ranks)?;
+    let scaled = equalize(model, &statistics(&seen), &fine)?;
     let after = plan(model)?;
     let mut ranges: BTreeMap<String, Range> = BTreeMap::new();
     for Scaled { tensor, of, by } in &scaled {
@@ -331,6 +358,7 @@ pub fn equalize_and_calibrate(
             calibration.moments.insert(tensor.clone(), moments);
         }
     }
+    make_room(model, &after, &mut calibration, options.headroom)?;
     Ok((after, calibration))
 }
 

@@ -33,6 +33,7 @@ pub type Sample = Vec<(String, Tensor)>;
 /// Where samples come from: what is in memory is one file's.
 pub struct Data {
     files: Vec<PathBuf>,
+    others: Vec<PathBuf>,
     inputs: Vec<Input>,
     options: DataOptions,
     texts: Option<Texts>,
@@ -51,8 +52,8 @@ fn kinds() -> Vec<&'static str> {
     [&PICTURES[..], &ARRAYS, &TEXTS].concat()
 }
 
-/// Files of a folder and of those in it, sorted, that samples can be read from.
-fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+/// Files of a folder and of those in it, sorted: those that samples can be read from, and the others.
+fn collect(folder: &Path, files: &mut Vec<PathBuf>, others: &mut Vec<PathBuf>) -> Result<()> {
     let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
     let mut paths = Vec::new();
     for entry in entries {
@@ -61,9 +62,11 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     paths.sort();
     for path in paths {
         if path.is_dir() {
-            collect(&path, files)?;
+            collect(&path, files, others)?;
         } else if kinds().contains(&extension(&path).as_str()) {
             files.push(path);
+        } else {
+            others.push(path);
         }
     }
     Ok(())
@@ -75,9 +78,9 @@ impl Data {
     /// # Errors
     /// Nothing there that samples can be read from.
     pub fn open(path: &Path, inputs: &[Input], options: DataOptions) -> Result<Data> {
-        let mut files = Vec::new();
+        let (mut files, mut others) = (Vec::new(), Vec::new());
         if path.is_dir() {
-            collect(path, &mut files)?;
+            collect(path, &mut files, &mut others)?;
         } else {
             std::fs::metadata(path).map_err(ModelError::io(path))?;
             files.push(path.to_owned());
@@ -93,12 +96,17 @@ impl Data {
             Some(text) => Some(Texts::open(options.tokenizer.as_deref(), text, options.tokens)?),
             None => None,
         };
-        Ok(Data { files, inputs: inputs.to_vec(), options, texts, root: path.to_owned() })
+        Ok(Data { files, others, inputs: inputs.to_vec(), options, texts, root: path.to_owned() })
     }
 
     /// Files that samples come from.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
+    }
+
+    /// Files of the folder that are passed over: of kinds that no samples are read from.
+    pub fn passed_over(&self) -> &[PathBuf] {
+        &self.others
     }
 
     /// How many samples there are.

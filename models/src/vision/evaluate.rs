@@ -26,6 +26,9 @@ pub struct OutputReport {
     /// Share of samples whose nearest neighbour (largest cosine, itself left out) is the same; `None` for less than
     /// three samples, or outputs too large to keep.
     pub nearest: Option<f64>,
+    /// Mean over samples of the divergence of the class probabilities from the float model's (Kullback-Leibler, nats, after
+    /// a softmax); `None` for outputs that aren't (batch, classes).
+    pub kl: Option<f64>,
     /// Share of samples with the label as the largest value: float model, other model.
     pub accuracy: Option<[f64; 2]>,
 }
@@ -41,10 +44,14 @@ pub struct Report {
 
 #[derive(Default)]
 struct Sums {
+    /// Whether the output holds floats.
+    floats: bool,
     signal: f64,
     noise: f64,
     cosine: f64,
     max_error: f32,
+    /// Divergences of rows of class scores, and how many there were.
+    kl: (f64, usize),
     top1: usize,
     top5: usize,
     right: [usize; 2],
@@ -60,6 +67,20 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>();
     let norm = (dot(a, a) * dot(b, b)).sqrt();
     if norm == 0.0 { f64::from(u8::from(a == b)) } else { dot(a, b) / norm }
+}
+
+/// The divergence of `softmax(b)` from `softmax(a)`, in nats.
+fn divergence(a: &[f32], b: &[f32]) -> f64 {
+    let log_total = |scores: &[f32]| {
+        let largest = f64::from(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        largest + scores.iter().map(|&s| (f64::from(s) - largest).exp()).sum::<f64>().ln()
+    };
+    let (of_a, of_b) = (log_total(a), log_total(b));
+    let terms = a.iter().zip(b).map(|(&x, &y)| {
+        let log_p = f64::from(x) - of_a;
+        log_p.exp() * (log_p - (f64::from(y) - of_b))
+    });
+    terms.sum()
 }
 
 /// Runs both models on every sample. `labels` are the samples' classes, in their order.
@@ -90,12 +111,20 @@ pub fn evaluate(
         };
         let [a, b] = [reference.run(&sample, outputs)?, other.run(&sample, outputs)?];
         for (((name, sums), a), b) in outputs.iter().zip(&mut sums).zip(&a).zip(&b) {
-            if a.dims != b.dims {
-                let why = format!("has shape {:?} in one model and {:?} in the other", a.dims, b.dims);
+            let dims = &a.dims;
+            if *dims != b.dims {
+                let why = format!("has shape {dims:?} in one model and {:?} in the other", b.dims);
                 return Err(ModelError::Graph { what: name.clone(), why });
             }
             if let (Values::Float(a), Values::Float(b)) = (&a.values, &b.values) {
                 sums.add(a, b, label);
+                if let [rows, classes] = dims[..]
+                    && classes > 1
+                {
+                    let pairs = a.chunks_exact(classes).zip(b.chunks_exact(classes));
+                    sums.kl.0 += pairs.map(|(a, b)| divergence(a, b)).sum::<f64>();
+                    sums.kl.1 += rows;
+                }
             }
         }
         index += 1;
@@ -103,11 +132,13 @@ pub fn evaluate(
         Ok(true)
     })?;
     let report = |(name, sums): (&String, Sums)| sums.report(name, samples, labels.is_some());
-    Ok(Report { samples, outputs: outputs.iter().zip(sums).map(report).collect() })
+    let outputs = outputs.iter().zip(sums).filter(|(_, sums)| sums.floats).map(report).collect();
+    Ok(Report { samples, outputs })
 }
 
 impl Sums {
     fn add(&mut self, a: &[f32], b: &[f32], label: Option<usize>) {
+        self.floats = true;
         for (&x, &y) in a.iter().zip(b) {
             self.signal += f64::from(x) * f64::from(x);
             self.noise += (f64::from(x) - f64::from(y)).powi(2);
@@ -149,6 +180,7 @@ impl Sums {
             top1: share(self.top1),
             top5: share(self.top5),
             nearest,
+            kl: (self.kl.1 > 0).then(|| self.kl.0 / self.kl.1 as f64),
             accuracy: labelled.then(|| self.right.map(share)),
         }
     }

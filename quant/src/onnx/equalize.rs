@@ -50,12 +50,16 @@ pub struct Scaled {
 /// A product by a constant is worth its time if it leaves at most this share of the expected error.
 const WORTH: f64 = 0.5;
 
-/// Equalizes a folded model's channels; what was seen of tensors is given by name. The tensors that changed, or came to
-/// be.
+/// Equalizes a folded model's channels; what was seen of tensors is given by name. `fine` are tensors whose own rounding
+/// costs next to nothing: no product by a constant is put in behind them. The tensors that changed, or came to be.
 ///
 /// # Errors
 /// Weights whose bytes don't fit their shape, or that aren't finite.
-pub fn equalize(model: &mut Model, seen: &BTreeMap<String, ChannelStatistics>) -> Result<Vec<Scaled>> {
+pub fn equalize(
+    model: &mut Model,
+    seen: &BTreeMap<String, ChannelStatistics>,
+    fine: &BTreeSet<String>,
+) -> Result<Vec<Scaled>> {
     let mut changed = Vec::new();
     let found = sites(&Graph::new(model.graph())?);
     for site in &found {
@@ -67,7 +71,8 @@ pub fn equalize(model: &mut Model, seen: &BTreeMap<String, ChannelStatistics>) -
         let scaled = |t: &String| Scaled { tensor: t.clone(), of: t.clone(), by: factors.clone() };
         changed.extend(site.tensors.iter().map(scaled));
     }
-    let taken: BTreeSet<String> = found.into_iter().flat_map(|site| site.tensors).collect();
+    let tensors = found.into_iter().flat_map(|site| site.tensors);
+    let taken: BTreeSet<String> = tensors.chain(fine.iter().cloned()).collect();
     for site in sites::unscaled(&Graph::new(model.graph())?, &taken) {
         let graph = Graph::new(model.graph())?;
         let Some((factors, left)) = factors(&graph, &site, seen)? else { continue };

@@ -17,7 +17,8 @@ mod weight_only;
 
 use super::edit::Edit;
 use super::graph::fresh;
-use super::plan::{Mode, Plan};
+use super::opset;
+use super::plan::{Mode, Packing, Plan};
 use super::proto::*;
 use super::tensor::{from_16, from_f32, from_i8, from_i32, from_u8};
 use super::{Graph, Model};
@@ -58,15 +59,21 @@ struct Writer<'a> {
     foreign: bool,
     /// Scale and zero point of each tensor that has any, by the tensor whose they are.
     params: BTreeMap<String, QParams>,
+    /// For tensors in two terms, the dequantized second one.
+    rests: BTreeMap<String, String>,
 }
 
 /// Quantizes a folded model as planned.
 ///
 /// # Errors
-/// A tensor without a range, weights that can't be quantized, or a graph that is none afterwards.
+/// A tensor without a range, weights that can't be quantized, a graph that is none afterwards, or an operator that means
+/// something else in the operator set that is needed.
 pub fn quantize(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<Model> {
     let mut quantized = model.clone();
-    let (edits, foreign) = edits(model, plan, calibration)?;
+    if matches!(plan.settings.mode, Mode::WeightOnly { form: Packing::Blocks, .. }) {
+        opset::raise(&mut quantized, opset::BLOCKS)?;
+    }
+    let (edits, foreign) = edits(&quantized, plan, calibration)?;
     super::apply(quantized.graph_mut(), edits)?;
     if foreign {
         quantized.import(MICROSOFT, 1);
@@ -83,17 +90,25 @@ pub fn edits(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<(V
     let foreign = match plan.settings.mode {
         Mode::Static => plan.settings.activation.int.bits() == 16 && model.opset("").unwrap_or(0) < 21,
         Mode::Dynamic => false,
-        Mode::WeightOnly { .. } => true,
+        Mode::WeightOnly { form, .. } => form == Packing::MatMulNBits,
     };
-    let mut writer =
-        Writer { names: graph.names(), graph, plan, calibration, edits: Vec::new(), foreign, params: BTreeMap::new() };
+    let mut writer = Writer {
+        names: graph.names(),
+        graph,
+        plan,
+        calibration,
+        edits: Vec::new(),
+        foreign,
+        params: BTreeMap::new(),
+        rests: BTreeMap::new(),
+    };
     match plan.settings.mode {
         Mode::Static => {
             writer.activations()?;
             writer.layers()?;
         }
         Mode::Dynamic => writer.dynamic()?,
-        Mode::WeightOnly { bits, group } => writer.weight_only(bits, group)?,
+        Mode::WeightOnly { bits, group, form } => writer.weight_only(bits, group, form)?,
     }
     Ok((writer.edits, foreign))
 }

@@ -100,6 +100,11 @@ impl Selector {
     }
 }
 
+/// Whether a name fits a pattern, in which `*` stands for any characters and `?` for one.
+pub fn fits(pattern: &str, name: &str) -> bool {
+    glob::matches(pattern, name)
+}
+
 /// Long lists of names help nobody.
 fn shorten(text: String) -> String {
     match text.char_indices().nth(400) {

@@ -7,7 +7,9 @@ use nibble_quant::observer::{IntGrid, IntType};
 use nibble_quant::onnx::plan::{Clip, Decision, Kind};
 use nibble_quant::onnx::proto::*;
 use nibble_quant::onnx::tensor::{floats, from_f32, ints};
-use nibble_quant::onnx::{Calibration, Folded, Graph, Mode, Model, Plan, Selector, Settings, Target, fold, plan, qdq};
+use nibble_quant::onnx::{
+    Calibration, Folded, Graph, Mode, Model, Packing, Plan, Selector, Settings, Target, fold, plan, qdq,
+};
 
 const N: usize = 6;
 const MAP: [i64; 4] = [1, N as i64, 1, 1];
@@ -338,7 +340,8 @@ fn packed_weights_mean_what_the_algorithm_made_of_them() {
     let nodes = vec![node("MatMul", &["x", "w"], "p"), node("Add", &["p", "b"], "y")];
     let float = model(nodes, vec![constant("w", &[k, 3], 1), constant("b", &[3], 2)], ("x", &[1, 2, k as i64]), &["y"]);
     for bits in [4u8, 8] {
-        let settings = Settings { mode: Mode::WeightOnly { bits, group: 32 }, ..Settings::default() };
+        let settings =
+            Settings { mode: Mode::WeightOnly { bits, group: 32, form: Packing::MatMulNBits }, ..Settings::default() };
         let plan = planned(&float, &settings);
         let quantized = qdq::quantize(&float, &plan, &Calibration::default()).unwrap();
         assert_eq!(quantized.opset("com.microsoft"), Some(1));
@@ -368,9 +371,11 @@ fn packed_weights_mean_what_the_algorithm_made_of_them() {
             }
         }
     }
-    let bad = Settings { mode: Mode::WeightOnly { bits: 3, group: 32 }, ..Settings::default() };
+    let bad =
+        Settings { mode: Mode::WeightOnly { bits: 3, group: 32, form: Packing::MatMulNBits }, ..Settings::default() };
     assert!(plan_error(&float, &bad).contains("3; 4 or 8"));
-    let bad = Settings { mode: Mode::WeightOnly { bits: 4, group: 24 }, ..Settings::default() };
+    let bad =
+        Settings { mode: Mode::WeightOnly { bits: 4, group: 24, form: Packing::MatMulNBits }, ..Settings::default() };
     assert!(plan_error(&float, &bad).contains("24 values; a power of 2"));
 }
 

@@ -41,7 +41,7 @@ pub struct Preparation {
 
 impl Preparation {
     /// The samples of a file or folder for a model with these inputs.
-    pub fn open(&self, path: &Path, inputs: &[Input]) -> Result<Samples> {
+    pub fn open(&self, session: &Session, path: &Path, inputs: &[Input]) -> Result<Samples> {
         let options = DataOptions {
             preprocess: preprocess(&self.preprocess)?,
             crops: self.crops,
@@ -51,7 +51,12 @@ impl Preparation {
             tokenizer: self.tokenizer.clone(),
             tokens: self.tokens,
         };
-        Ok(Samples::open(path, inputs, options)?)
+        let samples = Samples::open(path, inputs, options)?;
+        if let [first, rest @ ..] = samples.passed_over() {
+            let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+            session.remark(format!("{}{more}: passed over, no pictures, arrays or texts", first.display()));
+        }
+        Ok(samples)
     }
 }
 
@@ -138,7 +143,7 @@ impl Run for Data {
         let mut model = Model::open(&self.model)?;
         self.shapes.freeze(&mut model)?;
         let inputs = inputs(&model);
-        let data = self.preparation.open(&self.data, &inputs)?;
+        let data = self.preparation.open(session, &self.data, &inputs)?;
         let (mut values, mut dims): (Vec<f32>, Vec<usize>) = (Vec::new(), Vec::new());
         let count = data.each(&mut |sample, file| {
             for (name, tensor) in &sample {

@@ -14,9 +14,10 @@ use nibble_models::vision::calibrate::{
 };
 use nibble_quant::observer::{self, IntGrid, IntType};
 use nibble_quant::onnx::plan::{Decision, PlannedNode};
+use nibble_quant::onnx::report::{Report, report};
 use nibble_quant::onnx::weights::Rounding;
 use nibble_quant::onnx::{
-    Calibration, External, Folded, Mode, Model, Plan, Selector, Settings, Target, opset, plan, qdq,
+    Calibration, External, Fine, Folded, Mode, Model, Packing, Plan, Selector, Settings, Target, opset, plan, qdq,
 };
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ use std::time::Instant;
 #[command(after_help = "Example: nibble vision quantize model.onnx -o model-int8.onnx --calib photos --crops 8
 
 Static quantization (the default) needs --calib: a folder of pictures, or .npy, .npz and .safetensors files of inputs.
+With --calib, dynamic quantization equalizes channels and corrects biases, too.
 Patterns of --include and --exclude are names of nodes with * and ?, or op:CONV, or weight:NAME.
 --dry-run shows what would become of every node, and why.")]
 pub struct Quantize {
@@ -69,6 +71,9 @@ pub struct Quantize {
     /// Values that share a scale with --mode weights
     #[arg(long, value_name = "N", default_value_t = 32)]
     group: usize,
+    /// How the file says packed weights: ONNX Runtime's MatMulNBits, or DequantizeLinear with blocks (ONNX's own, opset 21)
+    #[arg(long, value_name = "FORM", value_enum, default_value_t)]
+    packing: PackingWord,
     /// Quantize only layers that fit this pattern (may be repeated)
     #[arg(long, value_name = "PATTERN")]
     include: Vec<Selector>,
@@ -81,6 +86,17 @@ pub struct Quantize {
     /// Quantize convolutions even where they become slower
     #[arg(long)]
     force_conv: bool,
+    /// Take activations of these linear layers in two terms: a second product, and hardly any error of activations (may be
+    /// repeated) [default: those that read what a GELU makes]
+    #[arg(long, value_name = "PATTERN", conflicts_with = "no_fine")]
+    fine: Vec<Selector>,
+    /// Take activations of all layers in one term
+    #[arg(long)]
+    no_fine: bool,
+    /// Multiply ranges by this: values of other samples are larger than those of the few that are seen [default: 1.1 with
+    /// minmax, 1 with observers that cut values off]
+    #[arg(long, value_name = "FACTOR", value_parser = headroom)]
+    headroom: Option<f32>,
     /// Leave the ranges of channels as they are
     #[arg(long)]
     no_equalize: bool,
@@ -90,6 +106,9 @@ pub struct Quantize {
     /// The runtime to quantize for
     #[arg(long, value_enum, default_value_t)]
     target: TargetWord,
+    /// Show range and step of every activation, and what rounding took from every weight (with --json it is always there)
+    #[arg(long)]
+    report: bool,
     /// Show what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -110,6 +129,13 @@ enum ModeWord {
 }
 
 #[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum PackingWord {
+    #[default]
+    Matmulnbits,
+    Blocks,
+}
+
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
 enum TypeWord {
     #[default]
     U8,
@@ -125,12 +151,28 @@ enum TargetWord {
     Tensorrt,
 }
 
+/// What smallest and largest values are multiplied by.
+const HEADROOM: f32 = 1.1;
+
+/// Reads a factor for ranges.
+fn headroom(text: &str) -> Result<f32, String> {
+    let factor = text.parse::<f32>().ok().filter(|f| (0.1..=10.0).contains(f));
+    factor.ok_or_else(|| format!("`{text}`: a factor from 0.1 to 10 is possible"))
+}
+
 impl Quantize {
     fn settings(&self) -> Result<Settings> {
         let mode = match self.mode {
             ModeWord::Static => Mode::Static,
             ModeWord::Dynamic => Mode::Dynamic,
-            ModeWord::Weights => Mode::WeightOnly { bits: self.bits, group: self.group },
+            ModeWord::Weights => Mode::WeightOnly {
+                bits: self.bits,
+                group: self.group,
+                form: match self.packing {
+                    PackingWord::Matmulnbits => Packing::MatMulNBits,
+                    PackingWord::Blocks => Packing::Blocks,
+                },
+            },
         };
         let target = match self.target {
             TargetWord::Onnxruntime => Target::OnnxRuntime,
@@ -160,24 +202,34 @@ impl Quantize {
             exclude: self.exclude.clone(),
             attention: self.attention,
             force_conv: self.force_conv,
+            fine: match (self.no_fine, self.fine.as_slice()) {
+                (false, []) => Fine::Gelu,
+                (_, patterns) => Fine::Named(patterns.to_vec()),
+            },
         })
     }
 
     /// Plans the folded model, and calibrates it where scales are static; how many samples that took.
     fn prepare(&self, session: &Session, model: &mut Model, folded: &Folded) -> Result<(Plan, Calibration, usize)> {
         let settings = self.settings()?;
-        if settings.mode != Mode::Static || self.dry_run {
+        let uncalibrated = match settings.mode {
+            Mode::Static => false,
+            Mode::Dynamic => self.calib.is_none(),
+            Mode::WeightOnly { .. } => true,
+        };
+        if uncalibrated || self.dry_run {
             return Ok((plan(model, &settings, folded)?, Calibration::default(), 0));
         }
         let observer = observer::choose(&self.observer)?;
         let Some(calib) = &self.calib else {
             return Err(Usage("--calib is needed: scales are found by running the model over samples".into()).into());
         };
-        let data = self.preparation.open(calib, &inputs(model))?;
+        let data = self.preparation.open(session, calib, &inputs(model))?;
         let options = CalibrateOptions {
             observer,
             threads: self.threads.count(),
             correct_bias: !self.no_bias_correction,
+            headroom: self.headroom.unwrap_or(if observer.observer.name == "minmax" { HEADROOM } else { 1.0 }),
             stop: session.stop(),
         };
         let make = |model: &Model| plan(model, &settings, folded);
@@ -228,6 +280,10 @@ impl Run for Quantize {
         }
         let quantized = qdq::quantize(&model, &plan, &calibration)?;
         let Some(output) = &self.output else { return Ok(()) };
+        let tensors = match session.json || self.report {
+            true => report(&model, &quantized)?,
+            false => Report::default(),
+        };
         quantized.save(output, External::Auto)?;
         let bytes = |path: &PathBuf| std::fs::metadata(path).map(|m| m.len()).unwrap_or_default();
         let seconds = started.elapsed().as_secs_f64();
@@ -235,8 +291,11 @@ impl Run for Quantize {
             return output::json(&json!({
                 "path": output, "quantized_nodes": plan.quantized(), "nodes": plan.nodes.len(),
                 "samples": samples, "bytes_in": bytes(&self.model), "bytes_out": bytes(output), "seconds": seconds,
-                "peak_rss_bytes": output::peak_rss(),
+                "peak_rss_bytes": output::peak_rss(), "activations": tensors.activations, "weights": tensors.weights,
             }));
+        }
+        if self.report {
+            print_report(&tensors)?;
         }
         let peak = output::peak_rss().map_or(String::new(), |rss| format!(", peak {}", output::bytes(rss)));
         session.remark(format!("{}{peak}", crate::progress::duration(seconds)));
@@ -249,6 +308,22 @@ impl Run for Quantize {
             output::bytes(bytes(output))
         ))
     }
+}
+
+/// Prints what became of each tensor.
+fn print_report(report: &Report) -> Result<()> {
+    let mut table = Table::new(&["activation", "from", "to", "step", "zero point"]);
+    for row in &report.activations {
+        let numbers = [row.range[0], row.range[1], row.scale].map(|v| format!("{v:.4e}"));
+        table.row([vec![row.tensor.clone()], numbers.to_vec(), vec![row.zero_point.to_string()]].concat());
+    }
+    output::say(&table.render())?;
+    let mut table = Table::new(&["constant", "bits", "scales", "SQNR dB"]);
+    for row in &report.weights {
+        let db = row.sqnr_db.map_or("-".into(), |db| format!("{db:.1}"));
+        table.row(vec![row.tensor.clone(), row.bits.to_string(), row.scales.to_string(), db]);
+    }
+    output::say(&table.render())
 }
 
 fn words(decision: &Decision) -> (String, String) {

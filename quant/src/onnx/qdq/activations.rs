@@ -78,7 +78,7 @@ impl Writer<'_> {
     }
 
     /// Adds the pair for a tensor; what readers of integers read.
-    fn quantize_tensor(&mut self, tensor: &str, [scale, zero]: &[String; 2]) -> String {
+    pub(super) fn quantize_tensor(&mut self, tensor: &str, [scale, zero]: &[String; 2]) -> String {
         let codes = self.name(&format!("{tensor}_QuantizeLinear_Output"));
         // What others than nodes read keeps its name: it comes out of the DequantizeLinear then.
         let made = self.plan.made.contains(tensor) && !self.graph.is_private(tensor);

@@ -72,9 +72,10 @@ impl Writer<'_> {
     /// A MatMul by a matrix, whose bias is the Add after it.
     fn product(&mut self, id: usize, bias: Option<(usize, usize)>, written: &mut Written) -> Result<()> {
         let node = self.graph.node(id);
+        let fine = self.plan.fine.contains(&id) && self.calibration.ranks.get(node.arg(0)).is_some_and(|&r| r > 2);
         let Some((add, slot)) = bias else {
             self.weight(id, Layout::Columns, 1, &[], written)?;
-            return Ok(());
+            return if fine { self.second_term(id) } else { Ok(()) };
         };
         let Some(&rank) = self.calibration.ranks.get(node.arg(0)) else {
             let why = "was never seen; its rank is needed".to_owned();
@@ -90,14 +91,7 @@ impl Writer<'_> {
             let values = self.corrected(id, Layout::Columns, &weight, Some(values))?.unwrap_or_default();
             let (codes, scales) = quantize_bias(&values, scale, &weight);
             let bias = self.dequantized(&name, Codes::Int32(codes), &[n], &scales, 0);
-            let input = |slot: usize| {
-                let changed = self.edits.iter().rev().find_map(|e| match e {
-                    Edit::Input { node, slot: s, to } if *node == id && *s == slot => Some(to.clone()),
-                    _ => None,
-                });
-                changed.unwrap_or_else(|| node.arg(slot).to_owned())
-            };
-            let inputs = [input(0), input(1)];
+            let inputs = [self.input(id, 0), self.input(id, 1)];
             let output = self.graph.node(add).out();
             let gemm = NodeProto::new("Gemm", &label(node), &[&inputs[0], &inputs[1], &bias], &[output]);
             self.edits.extend([Edit::Remove(id), Edit::Remove(add), Edit::Add(gemm)]);
@@ -111,11 +105,57 @@ impl Writer<'_> {
         let dims = [vec![1; rank.saturating_sub(1)], vec![n]].concat();
         let to = self.initializer(from_f32(&name, &dims, &values));
         self.edits.push(Edit::Input { node: add, slot, to });
+        if fine { self.second_term(id) } else { Ok(()) }
+    }
+
+    /// What a node reads after the edits so far.
+    fn input(&self, id: usize, slot: usize) -> String {
+        let changed = self.edits.iter().rev().find_map(|e| match e {
+            Edit::Input { node, slot: s, to } if *node == id && *s == slot => Some(to.clone()),
+            _ => None,
+        });
+        changed.unwrap_or_else(|| self.graph.node(id).arg(slot).to_owned())
+    }
+
+    /// Adds the product of a MatMul's weight and what the integers of its activations leave of them.
+    ///
+    /// ```text
+    /// x -> Q -> DQ -> MatMul ------------------> Add ->
+    /// x - DQ -> Q (a 255th of the step) -> DQ -> MatMul ->|
+    /// ```
+    fn second_term(&mut self, id: usize) -> Result<()> {
+        let node = self.graph.node(id);
+        let x = node.arg(0).to_owned();
+        let rest = match self.rests.get(&x) {
+            Some(rest) => rest.clone(),
+            None => {
+                let first = self.params(&x)?;
+                let (low, high) = self.grid().int.limits();
+                let levels = f64::from(high) - f64::from(low);
+                let scale = (f64::from(first.scale) / levels).max(f64::from(f32::MIN_POSITIVE)) as f32;
+                let rest = self.name(&format!("{x}_rest"));
+                let [scale_name, zero_name] = ["scale", "zero_point"].map(|part| self.name(&format!("{rest}_{part}")));
+                self.initializer(from_f32(&scale_name, &[], &[scale]));
+                let zero = self.zero_point(&zero_name, (low + high + 1) / 2);
+                self.initializer(zero);
+                let whole = self.input(id, 0);
+                self.add(NodeProto::new("Sub", &format!("{rest}_Sub"), &[&x, &whole], &[&rest]));
+                let output = self.quantize_tensor(&rest, &[scale_name, zero_name]);
+                self.rests.insert(x, output.clone());
+                output
+            }
+        };
+        let weight = self.input(id, 1);
+        let parts = ["first", "second"].map(|part| self.name(&format!("{}_{part}", node.out())));
+        let own = label(node);
+        self.edits.push(Edit::Output { node: id, slot: 0, to: parts[0].clone() });
+        self.add(NodeProto::new("MatMul", &format!("{own}_rest"), &[&rest, &weight], &[&parts[1]]));
+        self.add(NodeProto::new("Add", &format!("{own}_sum"), &[&parts[0], &parts[1]], &[node.out()]));
         Ok(())
     }
 
     /// A bias's values; none if there is none.
-    fn bias(&self, name: &str) -> Result<Option<Vec<f32>>> {
+    pub(super) fn bias(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let Some(constant) = self.graph.constant(name) else { return Ok(None) };
         let values = floats(constant)?;
         match values.iter().find(|b| !b.is_finite()) {
@@ -126,7 +166,7 @@ impl Writer<'_> {
 
     /// A layer's bias plus what the rounding of its weights takes away on average, where calibration knows the means of
     /// its input.
-    fn corrected(
+    pub(super) fn corrected(
         &self,
         id: usize,
         layout: Layout,
@@ -169,10 +209,7 @@ impl Writer<'_> {
         let Some(tensor) = self.graph.constant(node.arg(1)) else {
             return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
         };
-        let importance = self.importance(node, tensor);
-        let input = self.calibration.inputs.get(node.arg(0)).filter(|_| reads_channels(&self.graph, node));
-        let seen = Seen { importance: importance.as_deref(), input: input.map(Arc::as_ref) };
-        let weight = quantize(tensor, layout, self.plan.settings.weights, seen, least)?;
+        let weight = self.quantized(node, tensor, layout, least)?;
         let key = (tensor.name().to_owned(), axis);
         let to = match written.get(&key) {
             Some((same, name)) if *same == weight => name.clone(),
@@ -186,6 +223,20 @@ impl Writer<'_> {
         };
         self.edits.push(Edit::Input { node: id, slot: 1, to });
         Ok(weight)
+    }
+
+    /// A layer's weight in integers, with what calibration saw of the layer's input.
+    pub(super) fn quantized(
+        &self,
+        node: &NodeProto,
+        tensor: &TensorProto,
+        layout: Layout,
+        least: &[f32],
+    ) -> Result<Weight> {
+        let importance = self.importance(node, tensor);
+        let input = self.calibration.inputs.get(node.arg(0)).filter(|_| reads_channels(&self.graph, node));
+        let seen = Seen { importance: importance.as_deref(), input: input.map(Arc::as_ref) };
+        quantize(tensor, layout, self.plan.settings.weights, seen, least)
     }
 
     /// What an error of each value of a channel costs: the second moment of the input that it meets.
