@@ -11,4 +11,5 @@ mod ptx;
 #[path = "../quant/tests/onnx/small.rs"]
 mod small;
 mod tokens;
+mod transform;
 mod vision;
