@@ -38,9 +38,12 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn transforms_change_weights_and_no_logits() {
-    for (model_type, biases) in [("llama", true), ("llama", false), ("mistral", false), ("qwen2", false), ("qwen3", false)] {
+    for (model_type, biases) in
+        [("llama", true), ("llama", false), ("mistral", false), ("qwen2", false), ("qwen3", false)]
+    {
         // 72 columns are 8 x 9: a power of two and something else.
-        let mut plan = SynthPlan { hidden_size: 72, heads: 9, kv_heads: 3, head_dim: Some(16), ..SynthPlan::tiny(model_type) };
+        let mut plan =
+            SynthPlan { hidden_size: 72, heads: 9, kv_heads: 3, head_dim: Some(16), ..SynthPlan::tiny(model_type) };
         plan.config.insert("mlp_bias".into(), json!(false));
         plan.tie_embeddings = !biases;
         let dir = tempfile::tempdir().unwrap();

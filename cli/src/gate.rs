@@ -10,9 +10,8 @@ use nibble_models::trial::{TEXT, Trial, TrialReport};
 use nibble_models::{Model, Sidecars, Tokenizer, gguf_sidecars};
 use nibble_quant::QuantError;
 use nibble_quant::format::{self, gguf::GgufCheckpoint};
-use std::cell::RefCell;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// How the output is tried out.
 #[derive(Debug, Clone, clap::Args)]
@@ -39,7 +38,7 @@ pub struct Gate<'a> {
     threads: usize,
     max_kl: f64,
     keep: bool,
-    report: RefCell<Option<TrialReport>>,
+    report: OnceLock<TrialReport>,
 }
 
 impl GateWords {
@@ -77,7 +76,7 @@ impl GateWords {
             }
             Err(why) => return Err(why),
         };
-        let (source, report) = (source.to_path_buf(), RefCell::new(None));
+        let (source, report) = (source.to_path_buf(), OnceLock::new());
         Ok(Some(Gate { session, source, trial, threads, max_kl: self.max_kl, keep, report }))
     }
 }
@@ -109,7 +108,7 @@ impl Gate<'_> {
             _ if self.session.stopped() => return Err(QuantError::Stopped),
             Ok(report) => {
                 let kl = report.eval.kl.map_or(f64::NAN, |kl| kl.mean);
-                self.report.replace(Some(report));
+                self.report.get_or_init(|| report);
                 let over = kl.is_nan() || kl > self.max_kl;
                 over.then(|| format!("mean KL divergence from its source is {kl:.4}, wanted at most {}", self.max_kl))
             }
@@ -126,8 +125,8 @@ impl Gate<'_> {
     }
 
     /// What was found, if the trial was run to its end.
-    pub fn report(&self) -> Option<TrialReport> {
-        self.report.borrow().clone()
+    pub fn report(&self) -> Option<&TrialReport> {
+        self.report.get()
     }
 
     fn run(&self, dir: &Path) -> Result<TrialReport> {

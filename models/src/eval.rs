@@ -292,12 +292,8 @@ impl Predictions {
 
 /// Logits of a chunk's second half but for the last token, from an empty cache.
 fn second_half<B: Backend>(model: &Decoder<B>, chunk: &[u32]) -> Result<Vec<f32>> {
-    let context = ContextPlan {
-        capacity: chunk.len(),
-        chunk: chunk.len(),
-        logit_rows: LOGIT_ROWS,
-        ..ContextPlan::default()
-    };
+    let context =
+        ContextPlan { capacity: chunk.len(), chunk: chunk.len(), logit_rows: LOGIT_ROWS, ..ContextPlan::default() };
     let mut cx = model.context(context)?;
     model.forward(&mut cx, &[(0, chunk)], None)?;
     let mut logits = Vec::new();

@@ -91,7 +91,8 @@ pub fn allocate_bits(
     mut progress: impl FnMut(usize, usize) -> bool,
 ) -> Result<Allocation> {
     let refuse = |why: String| QuantError::Spec { what: "--target-bpw".into(), why };
-    let at = recipe.rules.iter().position(|r| r.pattern.is_none() && r.role == Some(Role::Linear) && r.scheme.is_some());
+    let at =
+        recipe.rules.iter().position(|r| r.pattern.is_none() && r.role == Some(Role::Linear) && r.scheme.is_some());
     let at = at.ok_or_else(|| refuse("the recipe has no rule for linear layers".into()))?;
     let wanted = presets::by_name(recipe.rules[at].scheme.as_deref().unwrap_or_default())?;
     let mut ladder: Vec<_> = LADDER.iter().map(|name| presets::by_name(name)).collect::<Result<_, _>>()?;
@@ -151,7 +152,11 @@ pub fn allocate_bits(
     let budget = (plan.target_bits * weights as f64 / 8.0) as u64;
     let chosen = allocate(&offers, budget).ok_or_else(|| {
         let least: u64 = offers.iter().map(|o| o.iter().map(|o| o.bytes).min().unwrap_or(0)).sum();
-        refuse(format!("{} bits; the smallest schemes take {:.3}", plan.target_bits, least as f64 * 8.0 / weights as f64))
+        refuse(format!(
+            "{} bits; the smallest schemes take {:.3}",
+            plan.target_bits,
+            least as f64 * 8.0 / weights as f64
+        ))
     })?;
     let (mut rules, mut allocated, mut bytes) = (Vec::new(), Vec::new(), 0);
     for ((layer, offers), choice) in layers.iter().zip(&offers).zip(chosen) {

@@ -14,9 +14,12 @@ mod error;
 mod fit;
 mod gptq;
 mod grid;
+mod levels;
 mod outliers;
 mod rows;
 mod second;
+
+pub use levels::learn_levels;
 
 use crate::error::Result;
 use crate::stats::Input;

@@ -7,6 +7,7 @@
 mod diff;
 mod engine;
 mod import;
+mod levels;
 mod plan;
 mod progress;
 mod recipe;
@@ -16,6 +17,7 @@ mod verify;
 pub use diff::{Difference, diff};
 pub use engine::{Judge, Options, Report};
 pub use import::{import_gguf, transform};
+pub use levels::with_learned_levels;
 pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
 pub use progress::{Progress, Silent, Stage};
 pub use recipe::{fallbacks, plan};

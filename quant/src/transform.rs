@@ -163,7 +163,9 @@ impl<'a> Transformed<'a> {
     fn add(&mut self, info: &TensorInfo, name: &str, width: usize) -> Result<()> {
         let refuse = |why: String| Err(tensor_error(&info.name, why));
         let Some(place) = Place::of(name) else {
-            return refuse("it isn't known how it meets the residual stream; no transform is known for such models".into());
+            return refuse(
+                "it isn't known how it meets the residual stream; no transform is known for such models".into(),
+            );
         };
         if matches!(info.stored, Stored::Quantized(_)) || !info.stored.is_float() {
             return refuse(format!("is {}, wanted floats", info.stored.name()));
@@ -196,7 +198,10 @@ impl<'a> Transformed<'a> {
             if let Place::Reads(norm) = &part.place
                 && !self.gains.contains_key(norm)
             {
-                return Err(tensor_error(name, format!("reads the residual stream behind `{norm}`, which isn't there")));
+                return Err(tensor_error(
+                    name,
+                    format!("reads the residual stream behind `{norm}`, which isn't there"),
+                ));
             }
         }
         Ok(())

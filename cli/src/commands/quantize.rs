@@ -3,8 +3,8 @@
 use super::Run;
 use super::calibrate::{CalibrationWords, in_words};
 use crate::arguments::Threads;
-use crate::gate::{self, Gate, GateWords, sidecars, tokenizer};
 use crate::classes::{bits_per_weight, class, group, is_linear};
+use crate::gate::{self, Gate, GateWords, sidecars, tokenizer};
 use crate::output::{self, Table};
 use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
@@ -53,6 +53,10 @@ pub struct Quantize {
     /// cost the model
     #[arg(long, value_name = "BITS", conflicts_with = "recipe")]
     target_bpw: Option<f64>,
+    /// Keep a scheme's own levels; otherwise calibration and --effort balanced or max learn 16 levels for each layer whose
+    /// scheme has a table of them
+    #[arg(long)]
+    fixed_levels: bool,
     /// Write the rules that were carried out to a TOML file, for --recipe
     #[arg(long, value_name = "FILE")]
     save_recipe: Option<PathBuf>,
@@ -81,7 +85,8 @@ pub enum Effort {
     Fast,
     /// Searched scales; with --calib or --stats weighted by them, and GPTQ where there are Gram matrices
     Balanced,
-    /// The same
+    /// The same, and codes and scales that GPTQ has left are changed as long as that helps
+    Max,
 }
 
 impl Effort {
@@ -128,6 +133,9 @@ impl Run for Quantize {
         if let Some(bits) = self.target_bpw {
             recipe = self.allocate(session, &path, &*source, &recipe, &stats, bits)?;
         }
+        if calibrated && self.effort != Effort::Fast && !self.fixed_levels && self.wishes.recipe.is_none() {
+            recipe = convert::with_learned_levels(&*source, &recipe, &stats, session.stop())?;
+        }
         if let Some(file) = &self.save_recipe {
             std::fs::write(file, recipe.to_toml()?).with_context(|| format!("can't write {}", file.display()))?;
         }
@@ -151,7 +159,7 @@ impl Run for Quantize {
         let fallbacks = convert::fallbacks(&plan, &stats);
         say_fallbacks(&fallbacks);
         let trial = gate.as_ref().and_then(Gate::report);
-        print_report(session, &self.wishes, &report, &fallbacks, trial.as_ref())
+        print_report(session, &self.wishes, &report, &fallbacks, trial)
     }
 }
 

@@ -43,7 +43,7 @@ pub struct Options<'a> {
 
 /// Looks at a folder that is whole and verified, and says whether it may stay.
 #[derive(Clone, Copy)]
-pub struct Judge<'a>(pub &'a dyn Fn(&Path) -> Result<()>);
+pub struct Judge<'a>(pub &'a (dyn Fn(&Path) -> Result<()> + Sync));
 
 impl std::fmt::Debug for Judge<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

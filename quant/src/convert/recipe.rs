@@ -1,6 +1,7 @@
 //! A recipe's decisions as a plan.
 
 use super::engine::Work;
+use super::levels::OWN;
 use super::plan::{Choice, Plan, Quantize, plan_with};
 use crate::error::Result;
 use crate::format::{Dtype, TensorSource};
@@ -33,7 +34,11 @@ pub fn plan(source: &dyn TensorSource, recipe: &Recipe, stats: &Stats, seed: u64
                 let input = stats.inputs.get(&info.name);
                 let how = quantize(&scheme.weight, algorithm, input, seed)?;
                 let observed = input.map(|_| format!(" calibrated {digest}")).unwrap_or_default();
-                let label = format!("{name} {}{observed}", how.label);
+                let title = match name.split_once(OWN) {
+                    Some((varied, _)) => format!("{varied} with levels of its own"),
+                    None => name.clone(),
+                };
+                let label = format!("{title} {}{observed}", how.label);
                 Ok(Choice::Quantize(Quantize { label, why: format!("{}{}", decision.why, how.why), ..how }))
             }
         }
@@ -68,7 +73,10 @@ fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<I
 /// The tensors of a plan that were to be quantized by GPTQ and are searched instead, with the reason. Whether Gram
 /// matrices could be factored shows when the plan has been carried out.
 pub fn fallbacks(plan: &Plan, stats: &Stats) -> Vec<(String, &'static str)> {
-    let wanted = plan.items.iter().filter(|item| matches!(&item.work, Work::Quantize(how) if how.wanted.is_some_and(|a| a.gram)));
+    let wanted = plan
+        .items
+        .iter()
+        .filter(|item| matches!(&item.work, Work::Quantize(how) if how.wanted.is_some_and(|a| a.gram)));
     let why = |name: &str| match stats.inputs.get(name) {
         None => Some("no statistics of its input"),
         Some(input) if input.gram().is_none() => Some("second moments without a Gram matrix"),

@@ -180,7 +180,9 @@ mod tests {
 
     #[test]
     fn seeds_differ() {
-        for (one, other) in [(Rotation::hadamard(24, 0), Rotation::hadamard(24, 1)), (Rotation::cayley(24, 0), Rotation::cayley(24, 1))] {
+        for (one, other) in
+            [(Rotation::hadamard(24, 0), Rotation::hadamard(24, 1)), (Rotation::cayley(24, 0), Rotation::cayley(24, 1))]
+        {
             assert!(one != other);
         }
     }
