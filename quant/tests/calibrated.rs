@@ -324,7 +324,7 @@ fn learned_levels_err_less_than_those_they_start_from() {
             let input = AlgoInput { spec, ..input };
             weighted_error(&input, &(algorithm("search").unwrap().run)(&input).unwrap().dequantize())
         };
-        assert!(error(&learned) < 0.8 * error(spec), "{name}: {} of {}", error(&learned), error(spec));
+        assert!(error(&learned) < 0.95 * error(spec), "{name}: {} of {}", error(&learned), error(spec));
     }
     let linear = &nibble_quant::presets::by_name("int4-g32").unwrap().scheme.weight;
     let refused = AlgoInput {

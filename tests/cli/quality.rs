@@ -91,3 +91,26 @@ fn a_transformed_model_says_the_same() {
     let refused = place.run(&["transform", "int4", "-o", "none"]);
     assert!(refused.error(1).contains("wanted floats"), "{}", refused.stderr);
 }
+
+#[test]
+fn layers_learn_levels_of_their_own_and_the_recipe_keeps_them() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "64", "--ffn", "96", "--heads", "2", "--kv-heads", "2"]);
+    std::fs::write(place.path("text"), text(1300)).unwrap();
+    place.run(&["calibrate", "float", "--calib", "text", "-o", "stats"]).ok();
+    let quantize = |out: &str, words: &[&str]| {
+        let words = [&["quantize", "float", "-o", out, "--stats", "stats", "--no-eval"], words].concat();
+        place.run(&words).ok();
+        let files = place.files(out).into_iter();
+        files.filter(|(name, _)| name.ends_with(".safetensors")).collect::<Vec<_>>()
+    };
+    let learned = quantize("learned", &["--save-recipe", "recipe.toml"]);
+    let fixed = quantize("fixed", &["--fixed-levels"]);
+    assert!(learned != fixed);
+    assert!(learned == quantize("again", &["--recipe", "recipe.toml"]));
+    let recipe = std::fs::read_to_string(place.path("recipe.toml")).unwrap();
+    assert_eq!(recipe.matches("int8 = [").count(), 14, "one table a linear layer:\n{recipe}");
+    // Nothing was observed: nothing is learned.
+    place.run(&["quantize", "float", "-o", "blind", "--save-recipe", "blind.toml"]).ok();
+    assert!(!std::fs::read_to_string(place.path("blind.toml")).unwrap().contains("int8 = ["));
+}
