@@ -176,7 +176,7 @@ impl Quantize {
     ) -> Result<Recipe> {
         let tokenizer = tokenizer(path)?;
         let tokens = tokenizer.encode(TEXT, false)?;
-        let eval = EvalPlan { n_ctx: 256, chunks: None, bos: beginning(&tokenizer)? };
+        let eval = EvalPlan { n_ctx: 256, chunks: Some(4), bos: beginning(&tokenizer)? };
         let plan = AllocationPlan { target_bits, tokens: &tokens, eval, threads: self.threads.count() };
         let json = sidecars(path)?.json("config.json")?.context("there is no config.json")?;
         let config = ModelConfig::from_json(&path.join("config.json"), &json)?;
