@@ -109,6 +109,20 @@ pub fn allocate_bits(
     if layers.is_empty() {
         return Err(refuse("no layer is quantized by the recipe's rule for linear layers".into()).into());
     }
+    let weights: usize = layers.iter().map(|layer| layer.info.elements()).sum();
+    let budget = (plan.target_bits * weights as f64 / 8.0) as u64;
+    let bytes = |layer: &Layer| {
+        let (rows, cols) = layer.info.rows_cols();
+        ladder.iter().map(move |preset| preset.scheme.weight.bytes([rows, cols])).collect::<Vec<u64>>()
+    };
+    let least: u64 = layers.iter().filter_map(|layer| bytes(layer).into_iter().min()).sum();
+    let too_small = || {
+        let least = least as f64 * 8.0 / weights as f64;
+        refuse(format!("{} bits; the smallest schemes take {least:.3}", plan.target_bits))
+    };
+    if least > budget {
+        return Err(too_small().into());
+    }
     for layer in &mut layers {
         let specs = ladder.iter().map(|preset| &preset.scheme.weight);
         layer.own = output_error(source, layer.info, &wanted.scheme.weight, stats)?;
@@ -140,27 +154,14 @@ pub fn allocate_bits(
         .map(|layer| {
             let (cost, errors) = classes[&layer.class];
             let unit = if errors > 0.0 { cost.max(0.0) / errors } else { 0.0 };
-            let shape = [layer.info.rows_cols().0, layer.info.rows_cols().1];
-            let offer = |(preset, error): (&&presets::Preset, &f64)| Offer {
-                bytes: preset.scheme.weight.bytes(shape),
-                loss: unit * error,
-            };
-            ladder.iter().zip(&layer.errors).map(offer).collect()
+            let offer = |(bytes, error): (u64, &f64)| Offer { bytes, loss: unit * error };
+            bytes(layer).into_iter().zip(&layer.errors).map(offer).collect()
         })
         .collect();
-    let weights: usize = layers.iter().map(|layer| layer.info.elements()).sum();
-    let budget = (plan.target_bits * weights as f64 / 8.0) as u64;
-    let chosen = allocate(&offers, budget).ok_or_else(|| {
-        let least: u64 = offers.iter().map(|o| o.iter().map(|o| o.bytes).min().unwrap_or(0)).sum();
-        refuse(format!(
-            "{} bits; the smallest schemes take {:.3}",
-            plan.target_bits,
-            least as f64 * 8.0 / weights as f64
-        ))
-    })?;
-    let (mut rules, mut allocated, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let chosen = allocate(&offers, budget).ok_or_else(too_small)?;
+    let (mut rules, mut allocated, mut taken) = (Vec::new(), Vec::new(), 0);
     for ((layer, offers), choice) in layers.iter().zip(&offers).zip(chosen) {
-        bytes += offers[choice].bytes;
+        taken += offers[choice].bytes;
         let (name, scheme) = (layer.info.name.clone(), ladder[choice].name.to_owned());
         if scheme != wanted.name {
             rules.push(Rule {
@@ -176,7 +177,7 @@ pub fn allocate_bits(
     let mut recipe = recipe.clone();
     recipe.rules.splice(at..at, rules);
     let predicted = allocated.iter().map(|layer| layer.cost).sum();
-    Ok(Allocation { recipe, layers: allocated, bits: bytes as f64 * 8.0 / weights as f64, predicted })
+    Ok(Allocation { recipe, layers: allocated, bits: taken as f64 * 8.0 / weights as f64, predicted })
 }
 
 /// A layer's kind, and the stretch of the model that it lies in.
@@ -283,5 +284,20 @@ impl TensorSource for Overlay<'_> {
 
     fn release(&self, name: &str) {
         self.source.release(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_are_kinds_in_stretches_of_the_model() {
+        let of = |name: &str| class(name, 30);
+        assert_eq!(of("model.layers.0.mlp.up_proj.weight"), of("model.layers.4.mlp.up_proj.weight"));
+        assert_ne!(of("model.layers.4.mlp.up_proj.weight"), of("model.layers.5.mlp.up_proj.weight"));
+        assert_ne!(of("model.layers.4.mlp.up_proj.weight"), of("model.layers.4.mlp.down_proj.weight"));
+        assert_eq!(of("model.layers.29.mlp.up_proj.weight").1, STRETCHES - 1);
+        assert_eq!(class("model.layers.1.mlp.up_proj.weight", 2).1, STRETCHES / 2);
     }
 }

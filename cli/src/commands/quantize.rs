@@ -14,7 +14,7 @@ use clap::ValueEnum;
 use nibble_models::eval::{EvalPlan, beginning};
 use nibble_models::sensitivity::{AllocationPlan, allocate_bits};
 use nibble_models::trial::{TEXT, TrialReport};
-use nibble_models::{ModelConfig, gguf_sidecars};
+use nibble_models::{ModelConfig, ModelError, gguf_sidecars};
 use nibble_quant::convert::{self, Judge, Options, Plan, Report};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
@@ -187,8 +187,13 @@ impl Quantize {
             }
             meter.add_thing("");
             !session.stopped()
-        })?;
+        });
         drop(meter);
+        let allocation = allocation.map_err(|why| match why {
+            // What was typed can't be met: the exit code tells.
+            ModelError::Quant(why) => anyhow::Error::new(why),
+            why => why.into(),
+        })?;
         if session.talks() {
             let mut counts = String::new();
             for (scheme, members) in group(&allocation.layers, |layer| layer.scheme.as_str()) {
