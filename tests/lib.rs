@@ -8,7 +8,9 @@ mod cuda;
 mod fetched;
 mod oracle;
 mod ptx;
+mod real_weights;
 #[path = "../quant/tests/onnx/small.rs"]
 mod small;
 mod tokens;
+mod transform;
 mod vision;

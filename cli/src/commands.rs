@@ -12,6 +12,7 @@ mod kernels;
 mod quantize;
 mod schemes;
 mod synth;
+mod transform;
 mod verify;
 mod vision;
 
@@ -45,6 +46,7 @@ const fn command<C: Run>(name: &'static str) -> Command {
 /// Every command, in the order of the help.
 pub static COMMANDS: &[Command] = &[
     command::<import::Import>("import"),
+    command::<transform::Transform>("transform"),
     command::<quantize::Quantize>("quantize"),
     command::<calibrate::Calibrate>("calibrate"),
     command::<generate::Generate>("generate"),

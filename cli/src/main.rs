@@ -10,6 +10,7 @@ mod arguments;
 mod classes;
 mod commands;
 mod failure;
+mod gate;
 mod hub;
 mod limits;
 mod output;

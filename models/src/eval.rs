@@ -8,6 +8,8 @@
 use crate::backend::Backend;
 use crate::decoder::{Context, ContextPlan, Decoder};
 use crate::error::{ModelError, Result};
+use crate::tokenizer::Tokenizer;
+use rayon::prelude::*;
 use serde::Serialize;
 
 /// Rows of logits that are held at once.
@@ -71,6 +73,15 @@ struct Scores {
     reference_nll: Vec<f64>,
     kl: Vec<f64>,
     same: usize,
+}
+
+/// The token that a chunk begins with: that which the tokenizer puts before a text, if it does.
+///
+/// # Errors
+/// The tokenizer can't read a letter.
+pub fn beginning(tokenizer: &Tokenizer) -> Result<Option<u32>> {
+    let first = tokenizer.encode("a", true)?.first().copied();
+    Ok(tokenizer.bos().filter(|bos| first == Some(*bos)))
 }
 
 /// Scores `model` on `tokens`, against `reference` if there is one. `progress` is told the chunks done, of how many,
@@ -151,27 +162,29 @@ fn score_chunk<B: Backend, R: Backend>(
                 Some((decoder, cx)) => Some(decoder.logits(cx, rows)?),
                 None => None,
             };
-            for (j, row) in rows.iter().enumerate() {
+            let one = |(j, row): (usize, &usize)| {
                 let at = j * vocabulary..(j + 1) * vocabulary;
                 let target = chunk[start + row + 1] as usize;
-                scores.add(&logits[at.clone()], reference_logits.as_ref().map(|l| &l[at]), target)?;
-            }
+                score(&logits[at.clone()], reference_logits.as_ref().map(|l| &l[at]), target)
+            };
+            let scored: Vec<Score> = rows.par_iter().enumerate().map(one).collect();
+            scored.into_iter().try_for_each(|score| scores.add(score))?;
         }
         start += piece.len();
     }
     Ok(())
 }
 
-impl Scores {
-    fn add(&mut self, logits: &[f32], reference: Option<&[f32]>, target: usize) -> Result<()> {
-        let normalizer = log_sum_exp(logits);
-        let nll = normalizer - logits[target] as f64;
-        if !nll.is_finite() {
-            let why = format!("the model's prediction {} is not finite", self.nll.len());
-            return Err(ModelError::Eval { why });
-        }
-        self.nll.push(nll);
-        let Some(reference) = reference else { return Ok(()) };
+/// One prediction: negative log-likelihoods in nats, divergence, and whether the likeliest tokens agree.
+#[derive(Debug, Clone, Copy)]
+struct Score {
+    nll: f64,
+    against: Option<(f64, f64, bool)>,
+}
+
+fn score(logits: &[f32], reference: Option<&[f32]>, target: usize) -> Score {
+    let normalizer = log_sum_exp(logits);
+    let against = reference.map(|reference| {
         let reference_normalizer = log_sum_exp(reference);
         let mut kl = 0.0;
         for (p, q) in reference.iter().zip(logits) {
@@ -180,13 +193,28 @@ impl Scores {
                 kl += log_p.exp() * (log_p - (*q as f64 - normalizer));
             }
         }
-        if !kl.is_finite() {
-            let why = format!("the reference's prediction {} is not finite", self.kl.len());
-            return Err(ModelError::Eval { why });
+        (reference_normalizer - reference[target] as f64, kl, argmax(logits) == argmax(reference))
+    });
+    Score { nll: normalizer - logits[target] as f64, against }
+}
+
+impl Scores {
+    fn add(&mut self, score: Score) -> Result<()> {
+        let refuse = |whose: &str| {
+            Err(ModelError::Eval { why: format!("the {whose}'s prediction {} is not finite", self.nll.len()) })
+        };
+        if !score.nll.is_finite() {
+            return refuse("model");
         }
-        self.kl.push(kl.max(0.0));
-        self.reference_nll.push(reference_normalizer - reference[target] as f64);
-        self.same += usize::from(argmax(logits) == argmax(reference));
+        if let Some((nll, kl, same)) = score.against {
+            if !kl.is_finite() {
+                return refuse("reference");
+            }
+            self.kl.push(kl.max(0.0));
+            self.reference_nll.push(nll);
+            self.same += usize::from(same);
+        }
+        self.nll.push(score.nll);
         Ok(())
     }
 
@@ -212,6 +240,68 @@ impl Scores {
             n_ctx,
         }
     }
+}
+
+/// A model's predictions of a text, kept to hold others against.
+pub struct Predictions {
+    chunks: Vec<(Vec<u32>, Vec<f32>)>,
+}
+
+impl Predictions {
+    /// Of the second half of every chunk that the plan scores.
+    ///
+    /// # Errors
+    /// The text is shorter than a chunk, or the model can't be run.
+    pub fn of<B: Backend>(model: &Decoder<B>, tokens: &[u32], plan: EvalPlan) -> Result<Predictions> {
+        let count = (tokens.len() / plan.n_ctx.max(1)).min(plan.chunks.unwrap_or(usize::MAX));
+        if plan.n_ctx < 4 || count == 0 {
+            let why = format!("{} tokens in chunks of {}", tokens.len(), plan.n_ctx);
+            return Err(ModelError::Eval { why });
+        }
+        let mut chunks = Vec::with_capacity(count);
+        for chunk in tokens.chunks_exact(plan.n_ctx).take(count) {
+            let mut chunk = chunk.to_vec();
+            if let Some(bos) = plan.bos {
+                chunk[0] = bos;
+            }
+            let logits = second_half(model, &chunk)?;
+            chunks.push((chunk, logits));
+        }
+        Ok(Predictions { chunks })
+    }
+
+    /// The mean divergence of another model of the same vocabulary from these, in nats; NaN where one of its
+    /// predictions is no number.
+    ///
+    /// # Errors
+    /// The model can't be run.
+    pub fn divergence_of<B: Backend>(&self, model: &Decoder<B>) -> Result<f64> {
+        let (mut sum, mut count) = (0.0, 0);
+        for (chunk, reference) in &self.chunks {
+            let logits = second_half(model, chunk)?;
+            let vocabulary = model.config().vocab_size.max(1);
+            let rows = logits.par_chunks(vocabulary).zip(reference.par_chunks(vocabulary));
+            let each: Vec<f64> =
+                rows.map(|(a, b)| score(a, Some(b), 0).against.map_or(f64::NAN, |(_, kl, _)| kl)).collect();
+            sum += each.iter().sum::<f64>();
+            count += each.len();
+        }
+        Ok(sum / count.max(1) as f64)
+    }
+}
+
+/// Logits of a chunk's second half but for the last token, from an empty cache.
+fn second_half<B: Backend>(model: &Decoder<B>, chunk: &[u32]) -> Result<Vec<f32>> {
+    let context =
+        ContextPlan { capacity: chunk.len(), chunk: chunk.len(), logit_rows: LOGIT_ROWS, ..ContextPlan::default() };
+    let mut cx = model.context(context)?;
+    model.forward(&mut cx, &[(0, chunk)], None)?;
+    let mut logits = Vec::new();
+    let rows: Vec<usize> = (chunk.len() / 2..chunk.len() - 1).collect();
+    for rows in rows.chunks(LOGIT_ROWS) {
+        logits.extend_from_slice(&model.logits(&mut cx, rows)?);
+    }
+    Ok(logits)
 }
 
 /// ln(sum exp(x)), in f64 about the maximum.
@@ -255,7 +345,7 @@ mod tests {
     fn a_model_diverges_from_itself_by_nothing() {
         let mut scores = Scores::default();
         let logits: Vec<f32> = (0..100).map(|i| ((i * 37) % 11) as f32).collect();
-        scores.add(&logits, Some(&logits), 3).unwrap();
+        scores.add(score(&logits, Some(&logits), 3)).unwrap();
         let report = scores.report(512, 1, true);
         assert!(report.kl.unwrap().mean.abs() < 1e-12);
         assert_eq!(report.ppl_ratio, Some(1.0));
@@ -265,7 +355,7 @@ mod tests {
     #[test]
     fn uniform_predictions_have_the_vocabulary_as_perplexity() {
         let mut scores = Scores::default();
-        scores.add(&[0.5; 128], None, 77).unwrap();
+        scores.add(score(&[0.5; 128], None, 77)).unwrap();
         assert!((scores.report(512, 1, false).ppl - 128.0).abs() < 1e-9);
     }
 
@@ -274,14 +364,14 @@ mod tests {
         let mut scores = Scores::default();
         let p = [0.75f32.ln(), 0.25f32.ln()];
         let q = [0.5f32.ln(), 0.5f32.ln()];
-        scores.add(&q, Some(&p), 0).unwrap();
+        scores.add(score(&q, Some(&p), 0)).unwrap();
         let want = 0.75 * (0.75f64 / 0.5).ln() + 0.25 * (0.25f64 / 0.5).ln();
         assert!((scores.kl[0] - want).abs() < 1e-6);
     }
 
     #[test]
     fn a_prediction_that_is_not_finite_is_an_error() {
-        assert!(Scores::default().add(&[f32::NAN, 1.0], None, 1).is_err());
+        assert!(Scores::default().add(score(&[f32::NAN, 1.0], None, 1)).is_err());
     }
 
     #[test]

@@ -16,11 +16,13 @@ pub mod graph;
 pub mod hub;
 pub mod model;
 pub mod sample;
+pub mod sensitivity;
 pub mod sidecars;
 pub mod stop;
 pub mod synth;
 pub mod template;
 pub mod tokenizer;
+pub mod trial;
 pub mod vision;
 pub mod weights;
 

@@ -9,13 +9,17 @@
 //! the same bytes on any number of threads and every instruction set.
 
 mod assemble;
+mod descent;
 mod error;
 mod fit;
 mod gptq;
 mod grid;
+mod levels;
 mod outliers;
 mod rows;
 mod second;
+
+pub use levels::learn_levels;
 
 use crate::error::Result;
 use crate::stats::Input;
@@ -47,6 +51,8 @@ pub struct Algorithm {
     pub name: &'static str,
     /// One line on what it does.
     pub summary: &'static str,
+    /// Whether it needs a Gram matrix; without one it is the search.
+    pub gram: bool,
     /// Quantizes one tensor.
     pub run: fn(&AlgoInput) -> Result<QTensor>,
 }
@@ -56,22 +62,32 @@ pub static ALGORITHMS: &[Algorithm] = &[
     Algorithm {
         name: "rtn",
         summary: "nearest codes under the scale that just holds a group's largest value",
+        gram: false,
         run: |input| rows::quantize(input, fit::Method::Plain),
     },
     Algorithm {
         name: "clip",
         summary: "nearest codes under the best of a range of smaller scales, which clip the largest values",
+        gram: false,
         run: |input| rows::quantize(input, fit::Method::Clip),
     },
     Algorithm {
         name: "search",
         summary: "scales (and zeros) of least weighted error: a scan, then steps along the gradient of single codes",
+        gram: false,
         run: |input| rows::quantize(input, fit::Method::Search),
     },
     Algorithm {
         name: "gptq",
         summary: "searched scales, then codes that make up for each other's errors; without calibration the search alone",
+        gram: true,
         run: gptq::quantize,
+    },
+    Algorithm {
+        name: "descent",
+        summary: "gptq, then single codes and scales changed for as long as that lowers the error",
+        gram: true,
+        run: gptq::quantize_and_descend,
     },
 ];
 

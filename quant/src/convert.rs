@@ -1,12 +1,13 @@
 //! From one checkpoint to another, a block of rows at a time.
 //!
 //! [`plan()`] decides everything and touches no value: which tensors become what, at what size, in how much memory.
-//! [`quantize`] and [`import_gguf`] then read, convert and write in parallel; where each byte goes was settled by the
+//! [`quantize`], [`import_gguf`] and [`transform`] then read, convert and write in parallel; where each byte goes was settled by the
 //! plan, so the output is the same for any number of threads, and a run that was killed can be taken up again.
 
 mod diff;
 mod engine;
 mod import;
+mod levels;
 mod plan;
 mod progress;
 mod recipe;
@@ -14,11 +15,12 @@ mod sidecars;
 mod verify;
 
 pub use diff::{Difference, diff};
-pub use engine::{Options, Report};
-pub use import::import_gguf;
+pub use engine::{Judge, Options, Report};
+pub use import::{import_gguf, transform};
+pub use levels::with_learned_levels;
 pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
 pub use progress::{Progress, Silent, Stage};
-pub use recipe::plan;
+pub use recipe::{fallbacks, plan};
 pub use sidecars::sidecars;
 pub use verify::{Verified, verify};
 

@@ -46,6 +46,14 @@ pub enum QuantError {
         /// What was found and what was wanted.
         why: String,
     },
+    /// What was made is whole, but whoever looked at it refused it.
+    #[error("{path}: {why}")]
+    Rejected {
+        /// The output that it would have become.
+        path: PathBuf,
+        /// What was found and what was wanted.
+        why: String,
+    },
     /// Stopped at the user's wish; what was written so far can be resumed.
     #[error("stopped")]
     Stopped,

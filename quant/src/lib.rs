@@ -23,6 +23,7 @@ pub mod role;
 pub mod scheme;
 pub mod spec;
 pub mod stats;
+pub mod transform;
 
 pub use algo::{ALGORITHMS, AlgoInput, Algorithm};
 pub use error::{QuantError, Result};

@@ -90,6 +90,17 @@ impl Symmetric {
         });
     }
 
+    /// `scale * M + damping * I` in rows.
+    pub fn dense(&self, scale: f32, damping: f32) -> Dense {
+        let width = self.width;
+        let mut values = vec![0.0; width * width];
+        values.par_chunks_mut(width.max(1)).enumerate().for_each(|(row, values)| {
+            let damp = |col| if row == col { damping } else { 0.0 };
+            values.iter_mut().enumerate().for_each(|(col, v)| *v = scale * self.get(row, col) + damp(col));
+        });
+        Dense { width, values }
+    }
+
     /// The lower Cholesky factor L of `scale * M + damping * I`, columns and rows taken in the order `order`;
     /// `None` if that isn't positive definite. Padding gets a diagonal of 1.
     fn cholesky(&self, order: &[u32], scale: f32, damping: f32) -> Option<Symmetric> {
@@ -116,6 +127,20 @@ impl Symmetric {
             rest.par_iter_mut().for_each(|row| simd::dispatch(isa, Below { row, j, diagonal: own }));
         }
         Some(l)
+    }
+}
+
+/// A matrix in rows, where whole rows are read: twice the bytes of a [`Symmetric`] one.
+#[derive(Debug)]
+pub struct Dense {
+    width: usize,
+    values: Vec<f32>,
+}
+
+impl Dense {
+    /// One row.
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.width..(row + 1) * self.width]
     }
 }
 

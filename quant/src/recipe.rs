@@ -19,6 +19,7 @@
 //! keep = "original"
 //! ```
 
+pub mod allocate;
 pub mod glob;
 
 use crate::error::Result;
@@ -227,7 +228,8 @@ impl Recipe {
 }
 
 impl Rule {
-    fn matches(&self, name: &str, role: Role) -> bool {
+    /// Whether it is for a tensor of this name and role.
+    pub fn matches(&self, name: &str, role: Role) -> bool {
         self.role.is_none_or(|wanted| wanted == role) && self.pattern.as_ref().is_none_or(|p| glob::matches(p, name))
     }
 

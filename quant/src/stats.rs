@@ -12,7 +12,7 @@ pub use crate::linalg::Symmetric;
 use crate::error::Result;
 use crate::{QuantError, linalg};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// Rows that one sum of outer products takes.
 const ROWS: usize = 256;
@@ -25,7 +25,22 @@ pub struct Input {
     absmax: Vec<f32>,
     gram: Option<Symmetric>,
     feedback: Mutex<Weak<linalg::Feedback>>,
+    factored: OnceLock<Factored>,
 }
+
+/// How factoring a Gram matrix for GPTQ went.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Factored {
+    /// With this damping, a share of the mean of its diagonal.
+    Damped(f32),
+    /// Not at all: it isn't positive definite, whatever is added.
+    Refused,
+}
+
+/// How damping is raised where a Gram matrix isn't positive definite in f32. The last one is twice the mean of its
+/// diagonal: the rounding of n columns in f32 is about sqrt(n) * 2^-24 of the largest value there, so what this doesn't
+/// help, such as an input that was always zero, f64 doesn't help either.
+const RAISES: [f32; 3] = [1.0, 3.0, 10.0];
 
 impl Input {
     /// Nothing seen yet of an input of `width` columns; with a Gram matrix of `width * width / 2` f32 if asked for.
@@ -36,6 +51,7 @@ impl Input {
             absmax: vec![0.0; width],
             gram: gram.then(|| Symmetric::new(width)),
             feedback: Mutex::default(),
+            factored: OnceLock::new(),
         }
     }
 
@@ -110,8 +126,8 @@ impl Input {
     }
 
     /// The Gram matrix factored for feedback of errors, columns of large second moments first; `damping` is a share of
-    /// the mean of its diagonal. Kept for as long as anybody uses it. `None` without a Gram matrix, or if it isn't
-    /// positive definite.
+    /// the mean of its diagonal, raised where the matrix isn't positive definite. Kept for as long as anybody uses it.
+    /// `None` without a Gram matrix, or if no damping helps; [`Input::factored`] tells afterwards.
     pub(crate) fn feedback(&self, damping: f32) -> Option<Arc<linalg::Feedback>> {
         let gram = self.gram.as_ref()?;
         let held = || self.feedback.lock().unwrap_or_else(PoisonError::into_inner);
@@ -124,9 +140,25 @@ impl Input {
         let mut order: Vec<u32> = (0..self.width() as u32).collect();
         order.sort_by(|a, b| moments[*a as usize].total_cmp(&moments[*b as usize]).then(b.cmp(a)));
         let scale = 1.0 / self.rows.max(1) as f32;
-        let made = Arc::new(linalg::Feedback::new(gram, order, scale, damping * mean as f32)?);
+        let made = RAISES.iter().find_map(|raise| {
+            let feedback = linalg::Feedback::new(gram, order.clone(), scale, raise * damping * mean as f32)?;
+            Some((Arc::new(feedback), raise * damping))
+        });
+        let outcome = made.as_ref().map_or(Factored::Refused, |(_, damping)| Factored::Damped(*damping));
+        self.factored.get_or_init(|| outcome);
+        let made = made?.0;
         *held() = Arc::downgrade(&made);
         Some(made)
+    }
+
+    /// The matrix that a [`feedback`](Input::feedback) is the factor of.
+    pub(crate) fn damped(&self, feedback: &linalg::Feedback) -> Option<linalg::Dense> {
+        Some(self.gram.as_ref()?.dense(1.0 / self.rows.max(1) as f32, feedback.damping))
+    }
+
+    /// How factoring the Gram matrix went; `None` if nobody has asked for it.
+    pub fn factored(&self) -> Option<Factored> {
+        self.factored.get().copied()
     }
 }
 
@@ -145,12 +177,12 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Bytes that a conversion holds for these: all Gram matrices, and for each thread the factor of the largest one
-    /// twice, in the making and as it is used.
+    /// Bytes that a conversion holds for these: all Gram matrices, and for each thread the largest one four times, as a
+    /// factor in the making and as it is used, and in rows.
     pub fn conversion_bytes(&self, threads: usize) -> u64 {
         let grams = self.sites().into_iter().filter(|(_, input)| input.gram().is_some());
         let bytes: Vec<u64> = grams.map(|(_, input)| gram_bytes(input.width())).collect();
-        bytes.iter().sum::<u64>() + 2 * threads as u64 * bytes.iter().max().copied().unwrap_or(0)
+        bytes.iter().sum::<u64>() + 4 * threads as u64 * bytes.iter().max().copied().unwrap_or(0)
     }
 
     /// The inputs with the tensors that read them, by the first of these.

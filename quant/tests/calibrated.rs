@@ -1,8 +1,8 @@
 //! Laws of what calibration keeps, its files, and the algorithms that use it.
 
-use nibble_quant::algo::{AlgoInput, algorithm};
-use nibble_quant::stats::{Input, Stats, gram_bytes};
-use nibble_quant::{OutlierSpec, PRESETS, QTensor, QuantSpec};
+use nibble_quant::algo::{AlgoInput, algorithm, learn_levels, weighted_error};
+use nibble_quant::stats::{Factored, Input, Stats, gram_bytes};
+use nibble_quant::{ALGORITHMS, Grid, OutlierSpec, PRESETS, QTensor, QuantSpec, Table};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::path::Path;
@@ -81,6 +81,50 @@ fn gptq_is_never_worse_than_the_search_that_it_starts_from() {
     }
 }
 
+/// The error that GPTQ and descent lower, damped as they damp it, for each row in f64.
+fn damped_errors(weight: &[f32], tensor: &QTensor, input: &Input) -> Vec<f64> {
+    let moments = input.mean_squares();
+    let damping = 0.2 * moments.iter().map(|m| *m as f64).sum::<f64>() / K as f64;
+    let back = tensor.dequantize();
+    let squares = weight.chunks(K).zip(back.chunks(K));
+    let squares = squares.map(|(w, q)| w.iter().zip(q).map(|(w, q)| (*w as f64 - *q as f64).powi(2)).sum::<f64>());
+    output_errors(weight, tensor, input)
+        .into_iter()
+        .zip(squares)
+        .map(|(error, square)| error + damping * square)
+        .collect()
+}
+
+#[test]
+fn descent_is_never_worse_than_the_gptq_that_it_starts_from() {
+    let (weight, input) = (weights(), observed(2000));
+    for preset in PRESETS {
+        let spec = &preset.scheme.weight;
+        let gptq = damped_errors(&weight, &run("gptq", &weight, spec, Some(&input)), &input);
+        let descent = damped_errors(&weight, &run("descent", &weight, spec, Some(&input)), &input);
+        for (row, (descent, gptq)) in descent.iter().zip(&gptq).enumerate() {
+            assert!(*descent <= gptq * 1.001 + 1e-12, "{}, row {row}: {descent} > {gptq}", preset.name);
+        }
+        let (descent, gptq) = (descent.iter().sum::<f64>(), gptq.iter().sum::<f64>());
+        if spec.bits() <= 4 && spec.outliers == OutlierSpec::None {
+            assert!(descent < 0.98 * gptq, "{}: {descent} of {gptq}", preset.name);
+        }
+    }
+}
+
+#[test]
+fn an_input_says_how_its_matrix_was_factored() {
+    let (weight, input) = (weights(), observed(300));
+    let spec = &nibble_quant::presets::by_name("default").unwrap().scheme.weight;
+    assert_eq!(input.factored(), None);
+    run("gptq", &weight, spec, Some(&input));
+    assert_eq!(input.factored(), Some(Factored::Damped(0.2)));
+    let mut silent = Input::new(K, true);
+    silent.observe("x", &vec![0.0; 10 * K]).unwrap();
+    run("gptq", &weight, spec, Some(&silent));
+    assert_eq!(silent.factored(), Some(Factored::Refused));
+}
+
 #[test]
 fn gptq_pays_on_inputs_that_it_has_not_seen() {
     let (weight, input) = (weights(), observed(4000));
@@ -108,17 +152,21 @@ fn gptq_changes_codes_and_nothing_that_they_are_read_by() {
 }
 
 #[test]
-fn without_a_gram_matrix_gptq_is_the_search() {
+fn without_a_gram_matrix_algorithms_that_need_one_are_the_search() {
     let weight = weights();
     let spec = &nibble_quant::presets::by_name("default").unwrap().scheme.weight;
-    assert!(run("gptq", &weight, spec, None) == run("search", &weight, spec, None));
     let mut moments = Input::new(K, false);
     moments.observe("x", &activations(50, 1)).unwrap();
-    assert!(run("gptq", &weight, spec, Some(&moments)) == run("search", &weight, spec, Some(&moments)));
     // An input that was always zero has no factor; any codes are right.
     let mut silent = Input::new(K, true);
     silent.observe("x", &vec![0.0; 10 * K]).unwrap();
-    assert!(run("gptq", &weight, spec, Some(&silent)) == run("search", &weight, spec, Some(&silent)));
+    let needing: Vec<&str> = ALGORITHMS.iter().filter(|a| a.gram).map(|a| a.name).collect();
+    assert_eq!(needing, ["gptq", "descent"]);
+    for name in needing {
+        for input in [None, Some(&moments), Some(&silent)] {
+            assert!(run(name, &weight, spec, input) == run("search", &weight, spec, input), "{name}");
+        }
+    }
 }
 
 #[test]
@@ -129,7 +177,8 @@ fn any_number_of_threads_gives_the_same_bytes() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let input = observed(700);
-            (run("gptq", &weight, spec, Some(&input)), input.gram().unwrap().values().collect::<Vec<f32>>())
+            let made = ["gptq", "descent"].map(|name| run(name, &weight, spec, Some(&input)));
+            (made, input.gram().unwrap().values().collect::<Vec<f32>>())
         })
     };
     let one = with(1);
@@ -248,4 +297,44 @@ fn damaged_files_are_errors_that_name_them() {
     let plain = folder.path().join("model.safetensors");
     std::fs::write(&plain, b"\x02\0\0\0\0\0\0\0{}").unwrap();
     assert!(Stats::read(&plain).unwrap_err().to_string().contains("no `nibble.stats`"));
+}
+
+#[test]
+fn learned_levels_err_less_than_those_they_start_from() {
+    // Values whose groups are mostly small ones: what a table for normal values has too few levels for.
+    let mut rng = StdRng::seed_from_u64(11);
+    let weight: Vec<f32> = (0..64 * K).map(|_| (rng.random::<f32>() - 0.5).powi(5)).collect();
+    let importance = observed(500).mean_squares();
+    for name in ["int4-nl-g32-dq", "int4-iq4nl-g32-dq", "int4-iq4nl-g32", "int4-nl-g64-dq"] {
+        let spec = &nibble_quant::presets::by_name(name).unwrap().scheme.weight;
+        let shape = [weight.len() / K, K];
+        let input = AlgoInput {
+            name: "w",
+            weight: &weight,
+            shape,
+            spec,
+            importance: Some(&importance),
+            calibrated: None,
+            seed: 0,
+        };
+        let levels = learn_levels(&input).unwrap();
+        let learned = QuantSpec { grid: Grid::Table(Table::Int8(levels)), ..spec.clone() };
+        learned.validate().unwrap();
+        let error = |spec: &QuantSpec| {
+            let input = AlgoInput { spec, ..input };
+            weighted_error(&input, &(algorithm("search").unwrap().run)(&input).unwrap().dequantize())
+        };
+        assert!(error(&learned) < 0.95 * error(spec), "{name}: {} of {}", error(&learned), error(spec));
+    }
+    let linear = &nibble_quant::presets::by_name("int4-g32").unwrap().scheme.weight;
+    let refused = AlgoInput {
+        name: "w",
+        weight: &weight,
+        shape: [64, K],
+        spec: linear,
+        importance: None,
+        calibrated: None,
+        seed: 0,
+    };
+    assert!(learn_levels(&refused).unwrap_err().to_string().contains("wanted a table of integers"));
 }

@@ -58,17 +58,20 @@ fn calibration_serves_one_conversion_or_many() {
     assert!(kept["tokens"].as_u64().unwrap() >= 512, "{kept}");
     place.run(&["calibrate", "float", "--calib", "text", "-o", "imatrix.gguf"]).ok();
     let quantize = |out: &str, words: &[&str]| {
-        place.run(&[&["quantize", "float", "-o", out, "--scheme", "int3-g32-dq"], words].concat()).ok();
+        let quantize = ["quantize", "float", "-o", out, "--scheme", "int3-g32-dq", "--no-eval"];
+        place.run(&[&quantize[..], words].concat()).ok();
         place.files(out).into_iter().filter(|(name, _)| name.ends_with(".safetensors")).collect::<Vec<_>>()
     };
     let blind = quantize("blind", &[]);
-    let weighted = quantize("weighted", &["--stats", "stats"]);
-    let gptq = quantize("gptq", &["--stats", "stats", "--effort", "max"]);
-    assert!(blind != weighted && weighted != gptq && blind != gptq);
-    assert!(gptq == quantize("at-once", &["--calib", "text", "--effort", "max", "-t", "1"]));
-    assert!(blind != quantize("imatrix", &["--stats", "imatrix.gguf"]));
-    let plan = place.run(&["quantize", "float", "-o", "x", "--stats", "imatrix.gguf", "--effort", "max", "--dry-run"]);
+    let weighted = quantize("weighted", &["--stats", "stats", "--rule", "*_proj.weight=int3-g32-dq:search"]);
+    let gptq = quantize("gptq", &["--stats", "stats"]);
+    let descent = quantize("descent", &["--stats", "stats", "--effort", "max"]);
+    assert!(blind != weighted && weighted != gptq && blind != gptq && descent != gptq);
+    assert!(gptq == quantize("at-once", &["--calib", "text", "-t", "1"]));
+    assert!(weighted == quantize("imatrix", &["--stats", "imatrix.gguf"]));
+    let plan = place.run(&["quantize", "float", "-o", "x", "--stats", "imatrix.gguf", "--dry-run"]);
     assert!(plan.ok().contains("no Gram matrix for GPTQ"), "{}", plan.stdout);
+    assert!(plan.stderr.contains("no GPTQ for 14 tensors") && plan.stderr.contains("and 11 more"), "{}", plan.stderr);
     let error = |checkpoint: &str| {
         let eval =
             ["eval", checkpoint, "--reference", "float", "--text", "text", "--ctx", "64", "--activations", "f32"];

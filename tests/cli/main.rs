@@ -11,6 +11,7 @@ mod download;
 mod interrupt;
 mod json;
 mod kill;
+mod quality;
 #[path = "../../quant/tests/onnx/small.rs"]
 mod small;
 mod smollm2;

@@ -9,6 +9,7 @@ use crate::session::Session;
 use anyhow::{Context as _, Result, bail};
 use nibble_kernels::ActKind;
 use nibble_models::calibrate::{Calibration, CalibrationPlan, calibrate};
+use nibble_models::eval::beginning;
 use nibble_models::{Model, ModelOptions};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -86,7 +87,7 @@ impl CalibrationWords {
             n_ctx: 512.min(model.decoder().config().max_positions),
             tokens: Some(self.calib_tokens),
             gram_bytes: self.gram_memory << 20,
-            bos: super::eval::beginning(&tokenizer)?,
+            bos: beginning(&tokenizer)?,
             text: text.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
         };
         let meter = Meter::new(session, "calibrate", "chunks");

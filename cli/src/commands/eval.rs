@@ -8,8 +8,7 @@ use crate::running::Running;
 use crate::session::Session;
 use anyhow::{Context as _, Result, bail};
 use nibble_models::Model;
-use nibble_models::eval::{EvalPlan, EvalReport, evaluate};
-use nibble_models::tokenizer::Tokenizer;
+use nibble_models::eval::{EvalPlan, EvalReport, beginning, evaluate};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -117,12 +116,6 @@ impl Eval {
         }
         Ok(())
     }
-}
-
-/// The token that a chunk begins with: that which the tokenizer puts before a text, if it does.
-pub(super) fn beginning(tokenizer: &Tokenizer) -> Result<Option<u32>> {
-    let first = tokenizer.encode("a", true)?.first().copied();
-    Ok(tokenizer.bos().filter(|bos| first == Some(*bos)))
 }
 
 /// Refuses a reference that reads the text as other tokens: its predictions would be about something else.

@@ -4,14 +4,18 @@ use super::Run;
 use super::calibrate::{CalibrationWords, in_words};
 use crate::arguments::Threads;
 use crate::classes::{bits_per_weight, class, group, is_linear};
+use crate::gate::{self, Gate, GateWords, sidecars, tokenizer};
 use crate::output::{self, Table};
 use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::ValueEnum;
-use nibble_models::gguf_sidecars;
-use nibble_quant::convert::{self, Options, Plan, Report};
+use nibble_models::eval::{EvalPlan, beginning};
+use nibble_models::sensitivity::{AllocationPlan, allocate_bits};
+use nibble_models::trial::{TEXT, TrialReport};
+use nibble_models::{ModelConfig, ModelError, gguf_sidecars};
+use nibble_quant::convert::{self, Judge, Options, Plan, Report};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
 use nibble_quant::manifest::TensorRecord;
@@ -45,6 +49,17 @@ pub struct Quantize {
     /// How much work to put into codes where a scheme leaves it open
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Effort::Balanced)]
     effort: Effort,
+    /// Give each linear layer 3 to 8 bits such that all take this many a weight on average, by what they are measured to
+    /// cost the model
+    #[arg(long, value_name = "BITS", conflicts_with = "recipe")]
+    target_bpw: Option<f64>,
+    /// Keep a scheme's own levels; otherwise calibration and --effort balanced or max learn 16 levels for each layer whose
+    /// scheme has a table of them
+    #[arg(long)]
+    fixed_levels: bool,
+    /// Write the rules that were carried out to a TOML file, for --recipe
+    #[arg(long, value_name = "FILE")]
+    save_recipe: Option<PathBuf>,
     /// Print what would be done and the memory it would take, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -58,6 +73,8 @@ pub struct Quantize {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
+    gate: GateWords,
+    #[command(flatten)]
     threads: Threads,
 }
 
@@ -66,20 +83,21 @@ pub struct Quantize {
 pub enum Effort {
     /// Plain rounding
     Fast,
-    /// Searched scales, weighted by --calib or --stats if there are any
+    /// Searched scales; with --calib or --stats weighted by them, and GPTQ where there are Gram matrices
     Balanced,
-    /// The same, and GPTQ where there are Gram matrices
+    /// The same, and codes and scales that GPTQ has left are changed as long as that helps
     Max,
 }
 
 impl Effort {
     /// Names the algorithm in rules for linear layers that leave it open, where the scheme doesn't insist on plain
     /// rounding.
-    fn apply(self, recipe: &mut Recipe) {
+    fn apply(self, recipe: &mut Recipe, calibrated: bool) {
         let algorithm = match self {
             Effort::Fast => "rtn",
-            Effort::Balanced => return,
-            Effort::Max => "gptq",
+            Effort::Balanced if calibrated => "gptq",
+            Effort::Max if calibrated => "descent",
+            Effort::Balanced | Effort::Max => return,
         };
         for rule in recipe.rules.iter_mut().filter(|rule| rule.algorithm.is_none()) {
             let linear = rule.role.is_none_or(|role| role == Role::Linear);
@@ -95,9 +113,14 @@ impl Run for Quantize {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
         let mut recipe = self.wishes.recipe()?;
-        self.effort.apply(&mut recipe);
         let path = crate::hub::checkpoint(session, &self.source)?;
         let (source, extra) = open(session, &path)?;
+        let calibrated = self.calibration.calib.is_some() || self.stats.is_some();
+        self.effort.apply(&mut recipe, calibrated);
+        let gate = match self.dry_run {
+            true => None,
+            false => self.gate.gate(session, &path, calibrated, self.force, self.threads.count())?,
+        };
         let stats = match (&self.calibration.calib, &self.stats) {
             (Some(text), _) => {
                 let calibration = self.calibration.run(session, &path, text, self.threads)?;
@@ -107,21 +130,90 @@ impl Run for Quantize {
             (None, Some(file)) => Stats::read(file)?,
             (None, None) => Stats::default(),
         };
+        if let Some(bits) = self.target_bpw {
+            recipe = self.allocate(session, &path, &*source, &recipe, &stats, bits)?;
+        }
+        if calibrated && self.effort != Effort::Fast && !self.fixed_levels && self.wishes.recipe.is_none() {
+            recipe = convert::with_learned_levels(&*source, &recipe, &stats, session.stop())?;
+        }
+        if let Some(file) = &self.save_recipe {
+            std::fs::write(file, recipe.to_toml()?).with_context(|| format!("can't write {}", file.display()))?;
+        }
         let plan = convert::plan(&*source, &recipe, &stats, self.seed)?;
         if self.dry_run {
+            say_fallbacks(&convert::fallbacks(&plan, &stats));
             return print_plan(session, &plan);
         }
+        let judge = |dir: &Path| gate.as_ref().map_or(Ok(()), |gate| gate.judge(dir));
         let options = Options {
             output: OutputOptions { force: self.force, resume: self.resume },
             seed: self.seed,
             stop: Some(session.stop()),
             extra,
+            judge: Some(Judge(&judge)),
             ..Options::default()
         };
         let meter = Meter::new(session, "quantize", "tensors");
         let report = convert::quantize(&plan, &*source, &recipe.to_toml()?, &self.output, &options, &meter)?;
         drop(meter);
-        print_report(session, &self.wishes, &report)
+        let fallbacks = convert::fallbacks(&plan, &stats);
+        say_fallbacks(&fallbacks);
+        let trial = gate.as_ref().and_then(Gate::report);
+        print_report(session, &self.wishes, &report, &fallbacks, trial)
+    }
+}
+
+impl Quantize {
+    /// The recipe with bits allocated to layers, measured on the text that is built in.
+    fn allocate(
+        &self,
+        session: &Session,
+        path: &Path,
+        source: &dyn TensorSource,
+        recipe: &Recipe,
+        stats: &Stats,
+        target_bits: f64,
+    ) -> Result<Recipe> {
+        let tokenizer = tokenizer(path)?;
+        let tokens = tokenizer.encode(TEXT, false)?;
+        let eval = EvalPlan { n_ctx: 256, chunks: Some(4), bos: beginning(&tokenizer)? };
+        let plan = AllocationPlan { target_bits, tokens: &tokens, eval, threads: self.threads.count() };
+        let json = sidecars(path)?.json("config.json")?.context("there is no config.json")?;
+        let config = ModelConfig::from_json(&path.join("config.json"), &json)?;
+        let meter = Meter::new(session, "measure", "classes of layers");
+        let allocation = allocate_bits(source, &config, recipe, stats, &plan, |done, of| {
+            if done == 1 {
+                meter.begin(of as u64, 0);
+            }
+            meter.add_thing("");
+            !session.stopped()
+        });
+        drop(meter);
+        let allocation = allocation.map_err(|why| match why {
+            // What was typed can't be met: the exit code tells.
+            ModelError::Quant(why) => anyhow::Error::new(why),
+            why => why.into(),
+        })?;
+        if session.talks() {
+            let mut counts = String::new();
+            for (scheme, members) in group(&allocation.layers, |layer| layer.scheme.as_str()) {
+                counts.push_str(&format!(", {} {scheme}", members.len()));
+            }
+            session.remark(format!("{:.3} bits a linear weight{counts}", allocation.bits));
+        }
+        Ok(allocation.recipe)
+    }
+}
+
+/// Tensors that GPTQ could do nothing for, counted and named by reason: on stderr, whatever else is silent.
+fn say_fallbacks(fallbacks: &[(String, &'static str)]) {
+    const NAMED: usize = 3;
+    for (why, members) in group(fallbacks, |(_, why)| *why) {
+        let names: Vec<&str> = members.iter().take(NAMED).map(|(name, _)| name.as_str()).collect();
+        let more = members.len().saturating_sub(NAMED);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let count = members.len();
+        output::remark(&format!("no GPTQ for {count} tensors, searched instead: {why}: {}{more}", names.join(", ")));
     }
 }
 
@@ -238,7 +330,13 @@ fn classes(tensors: &[TensorRecord]) -> Vec<Class> {
     group(tensors, |t| (class(&t.name), t.stored.as_str())).into_iter().map(row).collect()
 }
 
-fn print_report(session: &Session, wishes: &Wishes, report: &Report) -> Result<()> {
+fn print_report(
+    session: &Session,
+    wishes: &Wishes,
+    report: &Report,
+    fallbacks: &[(String, &'static str)],
+    trial: Option<&TrialReport>,
+) -> Result<()> {
     let sized = || report.tensors.iter().map(|t| (t.name.as_str(), t.shape.as_slice(), t.bytes));
     let all = Sums::of(sized().map(|(_, shape, bytes)| (shape, bytes)));
     let linears = Sums::of(sized().filter(|(name, shape, _)| is_linear(name, shape)).map(|(_, s, bytes)| (s, bytes)));
@@ -250,7 +348,8 @@ fn print_report(session: &Session, wishes: &Wishes, report: &Report) -> Result<(
             "bytes_out": report.bytes_out, "bits_per_linear_weight": linears.bits(),
             "bits_per_weight_file": all.bits(), "resumed": report.resumed, "seconds": report.seconds,
             "megabytes_per_second": report.megabytes_per_second(), "peak_rss_bytes": output::peak_rss(),
-            "classes": classes,
+            "classes": classes, "trial": trial,
+            "without_gptq": fallbacks.iter().map(|(name, why)| json!({"name": name, "why": why})).collect::<Vec<_>>(),
         }));
     }
     let mut table = Table::new(&["class", "tensors", "stored", "size", "bits/weight", "SQNR dB", "worst"]);
@@ -279,5 +378,6 @@ fn print_report(session: &Session, wishes: &Wishes, report: &Report) -> Result<(
         output::bytes(report.bytes_in),
         duration(report.seconds),
         report.megabytes_per_second()
-    ))
+    ))?;
+    trial.map_or(Ok(()), |trial| output::say(&gate::in_words(trial)))
 }

@@ -5,27 +5,42 @@
 //! that this makes worse in its own measure, d H d^T with H = E[x x^T], keeps the codes of the search.
 
 use super::fit::{Method, Rule, inverse};
-use super::{AlgoInput, rows};
+use super::{AlgoInput, descent, rows};
 use crate::QTensor;
 use crate::error::Result;
 use crate::linalg::{Decide, Feedback, ROWS};
+use crate::stats::Input;
 use half::f16;
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// What is added to the diagonal of H, as a share of its mean: the texts that a model meets differ from the one that it
 /// was calibrated on, and more damping trusts that one less. See benches/QUALITY.md.
 const DAMPING: f32 = 0.2;
-/// How damping is raised where H isn't positive definite in f32.
-const RAISES: [f32; 3] = [1.0, 3.0, 10.0];
 
 /// Quantizes by search, then chooses codes again; without a Gram matrix, and where it has no factor, the search stands.
 pub(super) fn quantize(input: &AlgoInput) -> Result<QTensor> {
     let tensor = rows::quantize(input, Method::Search)?;
-    let Some(calibrated) = input.calibrated.filter(|c| c.width() == input.shape[1]) else { return Ok(tensor) };
-    let Some(feedback) = RAISES.iter().find_map(|raise| calibrated.feedback(DAMPING * raise)) else {
-        return Ok(tensor);
-    };
-    Ok(recode(input, tensor, &feedback))
+    match factor(input) {
+        Some((_, feedback)) => Ok(recode(input, tensor, &feedback)),
+        None => Ok(tensor),
+    }
+}
+
+/// The same, and then [descent](super::descent).
+pub(super) fn quantize_and_descend(input: &AlgoInput) -> Result<QTensor> {
+    let tensor = rows::quantize(input, Method::Search)?;
+    let Some((calibrated, feedback)) = factor(input) else { return Ok(tensor) };
+    let tensor = recode(input, tensor, &feedback);
+    match calibrated.damped(&feedback) {
+        Some(h) => Ok(descent::refine(input, tensor, &h)),
+        None => Ok(tensor),
+    }
+}
+
+fn factor<'a>(input: &AlgoInput<'a>) -> Option<(&'a Input, Arc<Feedback>)> {
+    let calibrated = input.calibrated.filter(|c| c.width() == input.shape[1])?;
+    Some((calibrated, calibrated.feedback(DAMPING)?))
 }
 
 /// Codes chosen again under a tensor's numbers.

@@ -34,14 +34,33 @@ pub struct Options<'a> {
     pub seed: u64,
     /// Set by another thread (Ctrl-C) to stop after the blocks in flight.
     pub stop: Option<&'a AtomicBool>,
-    /// Files to put beside the weights that the source doesn't hold as files (a GGUF's configuration and tokenizer),
-    /// with their relative paths.
+    /// Files to put beside the weights that the source doesn't hold as files (a GGUF's configuration and tokenizer)
+    /// or that replace one of its files, with their relative paths.
     pub extra: Vec<(PathBuf, Vec<u8>)>,
+    /// Looks at the finished folder before it gets its name; what it refuses is removed.
+    pub judge: Option<Judge<'a>>,
+}
+
+/// Looks at a folder that is whole and verified, and says whether it may stay.
+#[derive(Clone, Copy)]
+pub struct Judge<'a>(pub &'a (dyn Fn(&Path) -> Result<()> + Sync));
+
+impl std::fmt::Debug for Judge<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Judge")
+    }
 }
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { output: OutputOptions::default(), shard_bytes: SHARD_BYTES, seed: 0, stop: None, extra: Vec::new() }
+        Self {
+            output: OutputOptions::default(),
+            shard_bytes: SHARD_BYTES,
+            seed: 0,
+            stop: None,
+            extra: Vec::new(),
+            judge: None,
+        }
     }
 }
 
@@ -132,7 +151,8 @@ impl Engine<'_> {
     /// such as a value that isn't finite, leaves nothing behind; after others the message says what is kept and where.
     pub fn run(&self, out: &Path) -> Result<Report> {
         let started = Instant::now();
-        let sidecars = sidecars(self.source.path())?;
+        let mut sidecars = sidecars(self.source.path())?;
+        sidecars.retain(|(_, relative)| !self.options.extra.iter().any(|(own, _)| own == relative));
         let bundles: Vec<Bundle> = self.items.iter().map(|i| i.bundle.clone()).collect();
         let common = match self.made.by {
             "quantize" => native::common_metadata(),
@@ -171,7 +191,10 @@ impl Engine<'_> {
         }
         let manifest = self.manifest(output, layout, sidecars, &tensors)?;
         output.write(Path::new(MANIFEST), &manifest.to_bytes()?)?;
-        output.commit(|dir| verify(dir, self.progress, self.options.stop).map(drop))?;
+        output.commit(|dir| {
+            verify(dir, self.progress, self.options.stop)?;
+            self.options.judge.map_or(Ok(()), |judge| (judge.0)(dir))
+        })?;
         Ok((tensors, resumed))
     }
 

@@ -1,4 +1,4 @@
-//! GGUF to a Hugging Face checkpoint folder.
+//! Checkpoints of floats: from GGUF, or rewritten by a transform.
 
 use super::engine::{Engine, Item, Made, Work};
 use super::{Options, Progress, Report};
@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::format::gguf::GgufCheckpoint;
 use crate::format::shards::{Bundle, Slot};
 use crate::format::{Dtype, TensorInfo, TensorSource, damaged};
+use crate::transform::Transformed;
 use std::path::Path;
 
 /// Writes a folder with `model.safetensors` (or shards and an index) in floats of one type (F32 holds every block type's
@@ -20,8 +21,36 @@ pub fn import_gguf(
     options: &Options,
     progress: &dyn Progress,
 ) -> Result<Report> {
+    floats(source, "import", String::new(), dtype, out, options, progress)
+}
+
+/// Writes a folder with the tensors of a rewritten model in floats of one type, the source's other files and those of the
+/// options, which replace the source's of the same name.
+///
+/// # Errors
+/// As [`import_gguf`], or the source can't be read.
+pub fn transform(
+    source: &Transformed,
+    dtype: Dtype,
+    out: &Path,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let recipe = format!("rotate = \"{}\"\n", source.name());
+    floats(source, "transform", recipe, dtype, out, options, progress)
+}
+
+fn floats(
+    source: &dyn TensorSource,
+    by: &'static str,
+    recipe: String,
+    dtype: Dtype,
+    out: &Path,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Report> {
     if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-        return Err(damaged(source.path(), format!("import as {dtype}, wanted F32, F16 or BF16")));
+        return Err(damaged(source.path(), format!("{by} as {dtype}, wanted F32, F16 or BF16")));
     }
     let item = |info: &TensorInfo| Item {
         name: info.name.clone(),
@@ -34,6 +63,6 @@ pub fn import_gguf(
         info: info.clone(),
     };
     let items: Vec<Item> = source.infos().iter().map(item).collect();
-    let made = Made { by: "import", recipe: String::new(), seed: options.seed };
+    let made = Made { by, recipe, seed: options.seed };
     Engine { source, items: &items, made, options, progress }.run(out)
 }

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::format::native::Entry;
 use crate::format::shards::{Bundle, Slot};
 use crate::format::{Dtype, Stored, TensorInfo, TensorSource, damaged, io_error, tensor_error};
-use crate::{QTensor, QuantSpec};
+use crate::{Algorithm, QTensor, QuantSpec};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ pub struct Quantize {
     pub quantizer: Quantizer,
     /// Names of scheme and algorithm, and whatever else decides the bytes: part of the fingerprint.
     pub label: String,
+    /// The algorithm that was asked for, if it is one of the table; another one runs where that one lacks what it needs.
+    pub wanted: Option<&'static Algorithm>,
     /// Which rule chose it.
     pub why: String,
     /// Whether a block of rows gives the same codes as the whole tensor.

@@ -1,11 +1,13 @@
 //! A recipe's decisions as a plan.
 
+use super::engine::Work;
+use super::levels::OWN;
 use super::plan::{Choice, Plan, Quantize, plan_with};
 use crate::error::Result;
 use crate::format::{Dtype, TensorSource};
 use crate::recipe::{Action, Keep, Recipe};
-use crate::stats::{Input, Stats};
-use crate::{AlgoInput, Granularity, OutlierSpec, QuantSpec, ScaleFormat, algo};
+use crate::stats::{Factored, Input, Stats};
+use crate::{AlgoInput, QuantSpec, algo};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,7 +34,11 @@ pub fn plan(source: &dyn TensorSource, recipe: &Recipe, stats: &Stats, seed: u64
                 let input = stats.inputs.get(&info.name);
                 let how = quantize(&scheme.weight, algorithm, input, seed)?;
                 let observed = input.map(|_| format!(" calibrated {digest}")).unwrap_or_default();
-                let label = format!("{name} {}{observed}", how.label);
+                let title = match name.split_once(OWN) {
+                    Some((varied, _)) => format!("{varied} with levels of its own"),
+                    None => name.clone(),
+                };
+                let label = format!("{title} {}{observed}", how.label);
                 Ok(Choice::Quantize(Quantize { label, why: format!("{}{}", decision.why, how.why), ..how }))
             }
         }
@@ -43,11 +49,11 @@ pub fn plan(source: &dyn TensorSource, recipe: &Recipe, stats: &Stats, seed: u64
 
 fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<Input>>, seed: u64) -> Result<Quantize> {
     let gram = calibrated.is_some_and(|input| input.gram().is_some());
-    let (algorithm, why) = match algorithm {
-        "gptq" if !gram => ("search", "; no Gram matrix for GPTQ: searched"),
-        name => (name, ""),
+    let wanted = algo::algorithm(algorithm)?;
+    let (algorithm, why) = match wanted.gram && !gram {
+        true => (algo::algorithm("search")?, "; no Gram matrix for GPTQ: searched"),
+        false => (wanted, ""),
     };
-    let algorithm = algo::algorithm(algorithm)?;
     let importance = calibrated.map(|input| input.mean_squares());
     let (input, with) = (calibrated.cloned(), spec.clone());
     let quantizer = move |name: &str, shape: [usize; 2], values: &[f32]| {
@@ -58,16 +64,26 @@ fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<I
         spec: spec.clone(),
         quantizer: Arc::new(quantizer),
         label: algorithm.name.to_owned(),
+        wanted: Some(wanted),
         why: why.to_owned(),
-        rows_stand_alone: rows_stand_alone(spec),
+        rows_stand_alone: spec.rows_stand_alone(),
     })
 }
 
-/// Whether a block of rows gives the same codes as the whole tensor: no number spans rows.
-fn rows_stand_alone(spec: &QuantSpec) -> bool {
-    spec.granularity != Granularity::Tensor
-        && !matches!(spec.scale, ScaleFormat::Dynamic { .. })
-        && !matches!(spec.outliers, OutlierSpec::Columns { .. })
+/// The tensors of a plan that were to be quantized by GPTQ and are searched instead, with the reason. Whether Gram
+/// matrices could be factored shows when the plan has been carried out.
+pub fn fallbacks(plan: &Plan, stats: &Stats) -> Vec<(String, &'static str)> {
+    let wanted = plan
+        .items
+        .iter()
+        .filter(|item| matches!(&item.work, Work::Quantize(how) if how.wanted.is_some_and(|a| a.gram)));
+    let why = |name: &str| match stats.inputs.get(name) {
+        None => Some("no statistics of its input"),
+        Some(input) if input.gram().is_none() => Some("second moments without a Gram matrix"),
+        Some(input) if input.factored() == Some(Factored::Refused) => Some("a Gram matrix without a Cholesky factor"),
+        Some(_) => None,
+    };
+    wanted.filter_map(|item| Some((item.info.name.clone(), why(&item.info.name)?))).collect()
 }
 
 /// The first digits of the second moments' sha256, for the fingerprint.

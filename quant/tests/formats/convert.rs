@@ -61,6 +61,7 @@ fn choose(info: &TensorInfo) -> Result<Choice> {
             quantizer: Arc::new(nearest),
             label: "int4-g32".into(),
             why: "rule 1".into(),
+            wanted: None,
             rows_stand_alone: true,
         }),
     })

@@ -1,0 +1,270 @@
+//! What GPTQ leaves, lowered one number at a time: d H d^T, d = w - q, falls with every step.
+//!
+//! GPTQ settles each column once, and the columns after it make up for its error. Here any code may be changed again, and
+//! so may a group's stored scale, as long as the error of the row falls:
+//! ```text
+//! g = H d          a value of column j moved by D changes the error by  D^2 H[j][j] - 2 D g[j]
+//!                  a scale moved by D, u its group's levels, by         D^2 u H u - 2 D u g
+//! ```
+//! The best D of a code leads to a level near it, that of a scale to a neighbouring stored scale. Sweeps over codes and
+//! scales take turns until one changes nothing.
+
+use super::AlgoInput;
+use super::fit::{Rule, inverse};
+use crate::linalg::Dense;
+use crate::{FloatFormat, Granularity, QTensor, ScaleData, ScaleFormat};
+use nibble_kernels::Isa;
+use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
+use rayon::prelude::*;
+
+/// Most sweeps over a row; the error hardly changes after the first few.
+const SWEEPS: usize = 6;
+
+/// Lowers the error of every row of `tensor`, as `h` measures it.
+pub(super) fn refine(input: &AlgoInput, mut tensor: QTensor, h: &Dense) -> QTensor {
+    let k = input.shape[1];
+    if k == 0 {
+        return tensor;
+    }
+    let rule = Rule::new(input.spec);
+    let mut codes = std::mem::take(&mut tensor.codes);
+    let rows = codes.par_chunks_mut(k).zip(input.weight.par_chunks(k)).enumerate();
+    let isa = Isa::best();
+    let scales: Vec<Vec<Scale>> = rows
+        .map(|(r, (codes, w))| {
+            let mut row = Row::new(&tensor, &rule, h, r, codes, w);
+            simd::dispatch(isa, Sweeps { row: &mut row });
+            row.scales
+        })
+        .collect();
+    tensor.codes = codes;
+    if tensor.spec.granularity != Granularity::Tensor {
+        let stored = scales.into_iter().flatten();
+        match &mut tensor.scales {
+            ScaleData::Float(values) => values.iter_mut().zip(stored).for_each(|(to, s)| *to = s.value),
+            ScaleData::Coded { codes, .. } => codes.iter_mut().zip(stored).for_each(|(to, s)| *to = s.code),
+            ScaleData::Dynamic { .. } => {}
+        }
+    }
+    tensor
+}
+
+/// A group's scale, and how it is stored.
+#[derive(Clone, Copy)]
+struct Scale {
+    value: f32,
+    code: i16,
+    /// The second-level scale; 0 where the scale is a float.
+    unit: f32,
+}
+
+/// What a group's scale may become.
+enum Stored {
+    /// Any value of a float format.
+    Float(FloatFormat),
+    /// A code of this range times the unit.
+    Coded(i16, i16),
+    /// Nothing else: it is shared with other rows.
+    Fixed,
+}
+
+struct Row<'a> {
+    rule: &'a Rule,
+    h: &'a Dense,
+    size: usize,
+    stored: Stored,
+    scales: Vec<Scale>,
+    mins: Vec<f32>,
+    zeros: Vec<i32>,
+    codes: &'a mut [u8],
+    /// Columns whose value isn't on the grid, which keep their code.
+    off_grid: Vec<bool>,
+    /// w - q.
+    d: Vec<f32>,
+    /// H d.
+    g: Vec<f32>,
+}
+
+impl<'a> Row<'a> {
+    fn new(tensor: &QTensor, rule: &'a Rule, h: &'a Dense, r: usize, codes: &'a mut [u8], w: &[f32]) -> Row<'a> {
+        let (k, groups, spec) = (w.len(), tensor.groups(), &tensor.spec);
+        let second = |g: usize| match &tensor.scales {
+            ScaleData::Coded { codes, second } => {
+                (codes[r * groups + g], second[r * spec.spans(k) + g / spec.span_groups(k)])
+            }
+            _ => (0, 0.0),
+        };
+        let scale = |g: usize| {
+            let (code, unit) = second(g);
+            Scale { value: tensor.scale(r, g), code, unit }
+        };
+        let stored = match spec.scale {
+            _ if spec.granularity == Granularity::Tensor => Stored::Fixed,
+            ScaleFormat::Float(float) => Stored::Float(float),
+            ScaleFormat::Coded { .. } => match spec.scale_codes() {
+                Some(range) => Stored::Coded(*range.start(), *range.end()),
+                None => Stored::Fixed,
+            },
+            ScaleFormat::Dynamic { .. } => Stored::Fixed,
+        };
+        let mut row = Row {
+            rule,
+            h,
+            size: spec.group_size(k),
+            stored,
+            scales: (0..groups).map(scale).collect(),
+            mins: (0..groups).map(|g| tensor.min(r, g)).collect(),
+            zeros: (0..groups).map(|g| tensor.zero(r, g)).collect(),
+            codes,
+            off_grid: vec![false; k],
+            d: vec![0.0; k],
+            g: vec![0.0; k],
+        };
+        for j in 0..k {
+            row.d[j] = w[j] - row.value(j, row.codes[j]);
+        }
+        for (col, value) in tensor.row_outliers(r) {
+            row.off_grid[col] = true;
+            row.d[col] -= value.to_f32();
+        }
+        row
+    }
+
+    #[inline(always)]
+    fn level(&self, j: usize, code: u8) -> f32 {
+        match &self.rule.table {
+            Some(levels) => levels[code as usize & (LANES - 1)],
+            None => (code as i32 - self.zeros[j / self.size]) as f32,
+        }
+    }
+
+    #[inline(always)]
+    fn value(&self, j: usize, code: u8) -> f32 {
+        let g = j / self.size;
+        self.scales[g].value * self.level(j, code) + self.mins[g]
+    }
+
+    /// The code whose value is nearest.
+    #[inline(always)]
+    fn nearest(&self, j: usize, value: f32) -> u8 {
+        let g = j / self.size;
+        let y = (value - self.mins[g]) * inverse(self.scales[g].value);
+        match &self.rule.table {
+            Some(levels) => levels.windows(2).filter(|w| (w[0] + w[1]) / 2.0 < y).count() as u8,
+            None => {
+                let zero = self.zeros[g];
+                let shift = (self.rule.middle - zero) as f32;
+                let y = y.round_ties_even().clamp(self.rule.low + shift, self.rule.high + shift);
+                (y as i32 + zero) as u8
+            }
+        }
+    }
+
+    /// Moves the value of column j.
+    #[inline(always)]
+    fn step<S: Simd>(&mut self, s: S, j: usize, by: f32) {
+        self.d[j] -= by;
+        add(s, &mut self.g, self.h.row(j), -by);
+    }
+
+    /// One sweep over codes; whether one has changed.
+    #[inline(always)]
+    fn sweep_codes<S: Simd>(&mut self, s: S) -> bool {
+        let mut changed = false;
+        for j in 0..self.codes.len() {
+            if self.off_grid[j] {
+                continue;
+            }
+            let (old, hjj) = (self.codes[j], self.h.row(j)[j]);
+            let now = self.value(j, old);
+            let code = self.nearest(j, now + self.g[j] / hjj);
+            let by = self.value(j, code) - now;
+            if code != old && falls(by, hjj, self.g[j]) {
+                self.codes[j] = code;
+                self.step(s, j, by);
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// One sweep over scales; whether one has changed.
+    #[inline(always)]
+    fn sweep_scales<S: Simd>(&mut self, s: S) -> bool {
+        let mut changed = false;
+        for g in 0..self.scales.len() {
+            let cols = g * self.size..((g + 1) * self.size).min(self.codes.len());
+            let levels: Vec<f32> = cols.clone().map(|j| self.level(j, self.codes[j])).collect();
+            let pull = dot(s, &levels, &self.g[cols.clone()]);
+            let stiff: f32 =
+                cols.clone().zip(&levels).map(|(j, l)| l * dot(s, &levels, &self.h.row(j)[cols.clone()])).sum();
+            let old = self.scales[g];
+            let best = old.value + pull / stiff;
+            let new = match self.stored {
+                Stored::Float(float) => Scale { value: float.round(best), ..old },
+                Stored::Coded(low, high) => {
+                    let code = (best * inverse(old.unit)).round_ties_even().clamp(low as f32, high as f32) as i16;
+                    Scale { value: code as f32 * old.unit, code, ..old }
+                }
+                Stored::Fixed => return false,
+            };
+            let by = new.value - old.value;
+            // A scale of another sign would turn the levels around, one of zero could never change again.
+            if new.value.is_finite() && new.value * old.value > 0.0 && falls(by, stiff, pull) {
+                self.scales[g] = new;
+                cols.zip(&levels).for_each(|(j, level)| self.step(s, j, by * level));
+                changed = true;
+            }
+        }
+        changed
+    }
+}
+
+/// Whether a step `by` lowers the error, by more than rounding could feign.
+#[inline(always)]
+fn falls(by: f32, stiff: f32, pull: f32) -> bool {
+    by * by * stiff - 2.0 * by * pull < -1e-4 * by * by * stiff
+}
+
+struct Sweeps<'a, 'b> {
+    row: &'a mut Row<'b>,
+}
+
+impl SimdOp for Sweeps<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let row = self.row;
+        for j in 0..row.d.len() {
+            let by = row.d[j];
+            if by != 0.0 {
+                add(s, &mut row.g, row.h.row(j), by);
+            }
+        }
+        for _ in 0..SWEEPS {
+            let codes = row.sweep_codes(s);
+            if !row.sweep_scales(s) && !codes {
+                break;
+            }
+        }
+    }
+}
+
+/// `to += by * from`.
+#[inline(always)]
+fn add<S: Simd>(s: S, to: &mut [f32], from: &[f32], by: f32) {
+    let by = s.splat(by);
+    for (to, from) in to.chunks_mut(LANES).zip(from.chunks(LANES)) {
+        s.store_partial(s.fma(by, s.load_partial(from), s.load_partial(to)), to);
+    }
+}
+
+#[inline(always)]
+fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = s.splat(0.0);
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        sums = s.fma(s.load_partial(a), s.load_partial(b), sums);
+    }
+    s.sum(sums)
+}

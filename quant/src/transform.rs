@@ -1,0 +1,280 @@
+//! Rewrites of a decoder that leave its float function as it is, a row of [`TRANSFORMS`] each.
+//!
+//! RMS norms commute with rotations: once their gains are folded into the linears that follow, the residual stream can
+//! be turned by any orthogonal Q.
+//! ```text
+//! E <- E Q      q, k, v, gate, up, head <- W diag(gain) Q      o, down <- Q^T W, biases too      gains <- 1
+//! ```
+//! The output head sees another gain than the embedding, so it gets weights of its own.
+//!
+//! [`Transformed`] is a [`TensorSource`] over another one: rows are rewritten in f64 as they are read, and no more than
+//! one tensor is in memory.
+
+mod rotation;
+
+pub use rotation::Rotation;
+
+use crate::error::Result;
+use crate::format::{Dtype, Stored, TensorInfo, TensorSource, damaged, tensor_error};
+use crate::{QuantError, names};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+
+/// A rewrite with a name.
+#[derive(Debug, Clone, Copy)]
+pub struct Transform {
+    /// The word for it in flags.
+    pub name: &'static str,
+    /// One line on what it does.
+    pub summary: &'static str,
+    /// What the residual stream of that width is turned by.
+    pub rotation: fn(usize, u64) -> Rotation,
+}
+
+/// Every transform.
+pub static TRANSFORMS: &[Transform] = &[
+    Transform {
+        name: "none",
+        summary: "gains of norms go into the linears that follow",
+        rotation: |_, _| Rotation::Identity,
+    },
+    Transform {
+        name: "hadamard",
+        summary: "the same, and a Hadamard rotation with random signs spreads large values over all columns",
+        rotation: Rotation::hadamard,
+    },
+    Transform {
+        name: "cayley",
+        summary: "the same, and a random rotation near the identity: moves weights off a grid that they lie on",
+        rotation: Rotation::cayley,
+    },
+];
+
+/// The transform of that name.
+///
+/// # Errors
+/// There is none.
+pub fn transform(name: &str) -> Result<&'static Transform> {
+    TRANSFORMS.iter().find(|t| t.name == name).ok_or_else(|| QuantError::Spec {
+        what: format!("transform `{name}`"),
+        why: names::unknown(name, TRANSFORMS.iter().map(|t| t.name)),
+    })
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+const LAST_NORM: &str = "model.norm.weight";
+
+/// How a tensor meets the residual stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    /// Its rows are vectors of the stream.
+    Embedding,
+    /// It reads the stream behind this norm.
+    Reads(String),
+    /// It adds its outputs to the stream.
+    Writes,
+    /// Gains of a norm of the stream.
+    Gains,
+    /// Not at all.
+    Aside,
+}
+
+impl Place {
+    /// By the names that all families of the decoder share; `None` for others.
+    fn of(name: &str) -> Option<Place> {
+        match name {
+            EMBEDDING => return Some(Place::Embedding),
+            HEAD => return Some(Place::Reads(LAST_NORM.to_owned())),
+            LAST_NORM => return Some(Place::Gains),
+            _ => {}
+        }
+        let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let reads = |norm: &str| Some(Place::Reads(format!("model.layers.{layer}.{norm}.weight")));
+        match part {
+            "self_attn.q_proj.weight" | "self_attn.k_proj.weight" | "self_attn.v_proj.weight" => {
+                reads("input_layernorm")
+            }
+            "mlp.gate_proj.weight" | "mlp.up_proj.weight" => reads("post_attention_layernorm"),
+            "self_attn.o_proj.weight" | "self_attn.o_proj.bias" | "mlp.down_proj.weight" | "mlp.down_proj.bias" => {
+                Some(Place::Writes)
+            }
+            "input_layernorm.weight" | "post_attention_layernorm.weight" => Some(Place::Gains),
+            "self_attn.q_norm.weight" | "self_attn.k_norm.weight" | "self_attn.rotary_emb.inv_freq" => {
+                Some(Place::Aside)
+            }
+            // Biases of what reads the stream are added behind it.
+            _ if part.ends_with("_proj.bias") => Some(Place::Aside),
+            _ => None,
+        }
+    }
+}
+
+/// One tensor of the rewritten model, and the tensor of the source that it is made from.
+struct Part {
+    from: String,
+    place: Place,
+}
+
+/// A checkpoint as a transform makes it, in f32.
+pub struct Transformed<'a> {
+    name: &'static str,
+    source: &'a dyn TensorSource,
+    infos: Vec<TensorInfo>,
+    parts: HashMap<String, Part>,
+    gains: HashMap<String, Vec<f32>>,
+    rotation: Rotation,
+}
+
+impl<'a> Transformed<'a> {
+    /// The source rewritten. The norms are taken to multiply by their weights, without a mean that is taken off.
+    ///
+    /// # Errors
+    /// A tensor whose place isn't known, sizes that contradict each other, codes, or a norm that can't be read.
+    pub fn new(source: &'a dyn TensorSource, transform: &Transform, seed: u64) -> Result<Self> {
+        let embedding = source.info(EMBEDDING)?;
+        let (rows, width) = embedding.rows_cols();
+        let mut made = Transformed {
+            name: transform.name,
+            source,
+            infos: Vec::new(),
+            parts: HashMap::new(),
+            gains: HashMap::new(),
+            rotation: (transform.rotation)(width, seed),
+        };
+        for info in source.infos() {
+            made.add(info, &info.name, width)?;
+        }
+        if source.info(HEAD).is_err() {
+            let head = TensorInfo { shape: vec![rows, width], ..embedding.clone() };
+            made.add(&head, HEAD, width)?;
+        }
+        made.check_norms()?;
+        Ok(made)
+    }
+
+    /// The transform's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn add(&mut self, info: &TensorInfo, name: &str, width: usize) -> Result<()> {
+        let refuse = |why: String| Err(tensor_error(&info.name, why));
+        let Some(place) = Place::of(name) else {
+            return refuse(
+                "it isn't known how it meets the residual stream; no transform is known for such models".into(),
+            );
+        };
+        if matches!(info.stored, Stored::Quantized(_)) || !info.stored.is_float() {
+            return refuse(format!("is {}, wanted floats", info.stored.name()));
+        }
+        let (rows, cols) = info.rows_cols();
+        let (side, which) = match place {
+            Place::Embedding | Place::Reads(_) => (cols, "columns"),
+            Place::Writes if info.shape.len() == 1 => (cols, "values"),
+            Place::Writes => (rows, "rows"),
+            Place::Gains => (cols, "values"),
+            Place::Aside => (width, ""),
+        };
+        if side != width {
+            return refuse(format!("{side} {which}, wanted {width} as the embedding has columns"));
+        }
+        if place == Place::Gains {
+            let mut gains = Vec::new();
+            self.source.read_f32(&info.name, &mut gains)?;
+            self.gains.insert(name.to_owned(), gains);
+        }
+        let stored = Stored::Plain(Dtype::F32);
+        self.infos.push(TensorInfo { name: name.to_owned(), stored, bytes: 4 * info.elements(), ..info.clone() });
+        self.parts.insert(name.to_owned(), Part { from: info.name.clone(), place });
+        Ok(())
+    }
+
+    /// Every reader's norm is there.
+    fn check_norms(&self) -> Result<()> {
+        for (name, part) in &self.parts {
+            if let Place::Reads(norm) = &part.place
+                && !self.gains.contains_key(norm)
+            {
+                return Err(tensor_error(
+                    name,
+                    format!("reads the residual stream behind `{norm}`, which isn't there"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// `rows` of Q^T W: each column of W is a vector of the stream.
+    fn turn_columns(&self, part: &Part, info: &TensorInfo, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
+        let mut values = Vec::new();
+        self.source.read_f32(&part.from, &mut values)?;
+        let cols = if info.shape.len() == 1 { 1 } else { info.rows_cols().1 };
+        let turned: Vec<Vec<f64>> = (0..cols)
+            .into_par_iter()
+            .map(|col| {
+                let column: Vec<f64> = values.iter().skip(col).step_by(cols).map(|v| *v as f64).collect();
+                self.rotation.turn(&column, rows.clone())
+            })
+            .collect();
+        out.clear();
+        out.extend((0..rows.len()).flat_map(|row| turned.iter().map(move |column| column[row] as f32)));
+        Ok(())
+    }
+}
+
+impl TensorSource for Transformed<'_> {
+    fn path(&self) -> &Path {
+        self.source.path()
+    }
+
+    fn infos(&self) -> &[TensorInfo] {
+        &self.infos
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        let found = self.infos.iter().find(|info| info.name == name);
+        found.ok_or_else(|| QuantError::NoTensor { name: name.to_owned(), path: self.path().to_owned() })
+    }
+
+    fn bytes(&self, name: &str) -> Result<&[u8]> {
+        Err(damaged(self.path(), format!("`{name}` is made as it is read, and nowhere in one piece")))
+    }
+
+    fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
+        let info = self.info(name)?;
+        let part = self.parts.get(name).ok_or_else(|| tensor_error(name, "has no source"))?;
+        let gains = match &part.place {
+            Place::Aside => return self.source.read_rows_f32(&part.from, rows, out),
+            Place::Gains => {
+                out.clear();
+                out.resize(info.elements(), 1.0);
+                return Ok(());
+            }
+            Place::Writes => {
+                // A vector is one row; all of it is one vector of the stream.
+                let rows = if info.shape.len() == 1 { 0..info.elements() } else { rows };
+                return self.turn_columns(part, info, rows, out);
+            }
+            Place::Embedding => None,
+            Place::Reads(norm) => self.gains.get(norm),
+        };
+        self.source.read_rows_f32(&part.from, rows, out)?;
+        let (_, width) = info.rows_cols();
+        out.par_chunks_mut(width.max(1)).for_each(|row| {
+            let scaled = row.iter().enumerate();
+            let scaled: Vec<f64> = scaled.map(|(i, v)| *v as f64 * gains.map_or(1.0, |g| g[i] as f64)).collect();
+            let turned = self.rotation.turn(&scaled, 0..width);
+            row.iter_mut().zip(turned).for_each(|(to, from)| *to = from as f32);
+        });
+        Ok(())
+    }
+
+    fn release(&self, name: &str) {
+        if let Some(part) = self.parts.get(name) {
+            self.source.release(&part.from);
+        }
+    }
+}

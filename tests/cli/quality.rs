@@ -1,0 +1,116 @@
+//! What a conversion proves about its output, and how bits are allocated, on tiny models.
+
+use crate::support::{Place, text};
+
+#[test]
+fn an_output_that_is_worse_than_allowed_is_not_left_behind() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "96", "--heads", "3", "--kv-heads", "3"]);
+    std::fs::write(place.path("text"), text(1200)).unwrap();
+    let before = place.names();
+    let words = ["quantize", "float", "-o", "out", "--scheme", "int2-g32-dq", "--eval", "text", "--max-kl", "1e-9"];
+    let refused = place.run(&words);
+    assert!(
+        refused.error(1).contains("mean KL divergence") && refused.stderr.contains("--force"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(place.names(), before, "neither output nor partial output");
+
+    let kept = place.run(&[&words[..], &["--force"]].concat());
+    assert!(kept.ok().contains("against its source"), "{}", kept.stdout);
+    assert!(kept.stderr.contains("kept because of --force"), "{}", kept.stderr);
+    place.run(&["verify", "out"]).ok();
+
+    let judged = ["quantize", "float", "-o", "fine", "--scheme", "int8-g32", "--eval", "text", "--json"];
+    let trial = &place.run(&judged).json()["trial"];
+    assert_eq!(trial["eval"]["chunks"], 4);
+    assert!((0.0..0.01).contains(&trial["eval"]["kl"]["mean"].as_f64().unwrap()), "{trial}");
+    assert!(trial["prompt"].as_str().unwrap().starts_with("the quick"), "{trial}");
+    assert!(trial["before"].is_string() && trial["after"].is_string(), "{trial}");
+}
+
+#[test]
+fn only_calibrated_conversions_are_tried_unasked() {
+    let place = Place::new();
+    place.model("float", &[]);
+    std::fs::write(place.path("text"), text(1200)).unwrap();
+    let trial = |out: &str, words: &[&str]| {
+        let words = [&["quantize", "float", "-o", out, "--json"], words].concat();
+        place.run(&words).json()["trial"].clone()
+    };
+    assert!(trial("blind", &[]).is_null());
+    assert!(trial("tried", &["--calib", "text"])["eval"]["scored"].as_u64().unwrap() > 100);
+    assert!(trial("untried", &["--calib", "text", "--no-eval"]).is_null());
+    std::fs::write(place.path("short"), text(100)).unwrap();
+    let refused = place.run(&["quantize", "float", "-o", "none", "--eval", "short"]);
+    assert!(refused.error(1).contains("256 are needed"), "{}", refused.stderr);
+    assert!(!place.path("none").exists());
+}
+
+#[test]
+fn bits_are_allocated_within_their_target_and_the_recipe_serves_again() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "128", "--ffn", "256", "--heads", "4", "--kv-heads", "2"]);
+    let weights = |out: &str| {
+        let files = place.files(out).into_iter();
+        files.filter(|(name, _)| name.ends_with(".safetensors")).collect::<Vec<_>>()
+    };
+    for target in [4.0, 5.1] {
+        let (out, again, bits) = (format!("at-{target}"), format!("again-{target}"), target.to_string());
+        let words = ["quantize", "float", "-o", &out, "--target-bpw", &bits, "--save-recipe", "recipe.toml", "--json"];
+        let found = place.run(&words).json()["bits_per_linear_weight"].as_f64().unwrap();
+        // One layer is 1/14 of the weights or less, and a step two bits at most.
+        assert!(found <= target && found > target - 0.15, "{found} bits for {target}");
+        place.run(&["quantize", "float", "-o", &again, "--recipe", "recipe.toml"]).ok();
+        assert!(weights(&out) == weights(&again), "{target}");
+    }
+    let refused = place.run(&["quantize", "float", "-o", "none", "--target-bpw", "2.5"]);
+    assert!(refused.error(2).contains("the smallest schemes take 3."), "{}", refused.stderr);
+}
+
+#[test]
+fn a_transformed_model_says_the_same() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "72", "--heads", "9", "--kv-heads", "3"]);
+    std::fs::write(place.path("text"), text(600)).unwrap();
+    for rotation in ["none", "hadamard", "cayley"] {
+        place.run(&["transform", "float", "-o", rotation, "--rotate", rotation, "--seed", "3"]).ok();
+        place.run(&["verify", rotation]).ok();
+        let eval = ["eval", rotation, "--reference", "float", "--text", "text", "--ctx", "64", "--activations", "f32"];
+        let scored = place.run(&[&eval[..], &["--json"]].concat()).json();
+        assert!(scored["kl"]["mean"].as_f64().unwrap() < 1e-9, "{rotation}: {scored}");
+        let config = std::fs::read_to_string(place.path(rotation).join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["tie_word_embeddings"], false, "{rotation}");
+    }
+    let again = place.run(&["transform", "float", "-o", "hadamard"]);
+    assert!(again.error(1).contains("exists already"), "{}", again.stderr);
+    let quantized = place.run(&["quantize", "float", "-o", "int4"]);
+    quantized.ok();
+    let refused = place.run(&["transform", "int4", "-o", "none"]);
+    assert!(refused.error(1).contains("wanted floats"), "{}", refused.stderr);
+}
+
+#[test]
+fn layers_learn_levels_of_their_own_and_the_recipe_keeps_them() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "64", "--ffn", "96", "--heads", "2", "--kv-heads", "2"]);
+    std::fs::write(place.path("text"), text(1300)).unwrap();
+    place.run(&["calibrate", "float", "--calib", "text", "-o", "stats"]).ok();
+    let quantize = |out: &str, words: &[&str]| {
+        let words = [&["quantize", "float", "-o", out, "--stats", "stats", "--no-eval"], words].concat();
+        place.run(&words).ok();
+        let files = place.files(out).into_iter();
+        files.filter(|(name, _)| name.ends_with(".safetensors")).collect::<Vec<_>>()
+    };
+    let learned = quantize("learned", &["--save-recipe", "recipe.toml"]);
+    let fixed = quantize("fixed", &["--fixed-levels"]);
+    assert!(learned != fixed);
+    assert!(learned == quantize("again", &["--recipe", "recipe.toml"]));
+    let recipe = std::fs::read_to_string(place.path("recipe.toml")).unwrap();
+    assert_eq!(recipe.matches("int8 = [").count(), 14, "one table a linear layer:\n{recipe}");
+    // Nothing was observed: nothing is learned.
+    place.run(&["quantize", "float", "-o", "blind", "--save-recipe", "blind.toml"]).ok();
+    assert!(!std::fs::read_to_string(place.path("blind.toml")).unwrap().contains("int8 = ["));
+}

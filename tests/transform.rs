@@ -1,0 +1,180 @@
+//! Transforms leave logits as they are: every row of `TRANSFORMS` on a tiny model of every family, and on SmolLM2.
+
+use crate::assets::asset;
+use nibble_kernels::{ActKind, Pool};
+use nibble_models::backend::KvKind;
+use nibble_models::cpu::CpuBackend;
+use nibble_models::decoder::{ContextPlan, Decoder};
+use nibble_models::synth::SynthPlan;
+use nibble_models::weights::Weights;
+use nibble_models::{ModelConfig, gguf_sidecars};
+use nibble_quant::format::gguf::GgufCheckpoint;
+use nibble_quant::format::{self, TensorInfo, TensorSource};
+use nibble_quant::transform::{TRANSFORMS, Transformed, transform};
+use serde_json::json;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Logits after each of the tokens, in single precision.
+fn logits(source: &dyn TensorSource, config: &ModelConfig, tokens: &[u32]) -> Vec<f32> {
+    let backend = CpuBackend::new(Arc::new(Pool::new(2)), ActKind::F32);
+    let decoder = Decoder::load(config, Weights::new(source), backend).unwrap();
+    let (capacity, rows) = (tokens.len(), tokens.len());
+    let plan = ContextPlan { capacity, chunk: rows, logit_rows: rows, kv: KvKind::F32, ..ContextPlan::default() };
+    let mut cx = decoder.context(plan).unwrap();
+    decoder.forward(&mut cx, &[(0, tokens)], None).unwrap();
+    decoder.logits(&mut cx, &(0..rows).collect::<Vec<_>>()).unwrap().into_owned()
+}
+
+/// What another source reads, in one piece a tensor, as models are loaded from.
+struct Held<'a> {
+    source: &'a dyn TensorSource,
+    bytes: HashMap<String, Vec<u8>>,
+}
+
+impl<'a> Held<'a> {
+    fn all_of(source: &'a dyn TensorSource) -> Held<'a> {
+        let read = |info: &TensorInfo| {
+            let mut values = Vec::new();
+            source.read_f32(&info.name, &mut values).unwrap();
+            (info.name.clone(), values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        };
+        Held { source, bytes: source.infos().iter().map(read).collect() }
+    }
+}
+
+impl TensorSource for Held<'_> {
+    fn path(&self) -> &Path {
+        self.source.path()
+    }
+
+    fn infos(&self) -> &[TensorInfo] {
+        self.source.infos()
+    }
+
+    fn info(&self, name: &str) -> nibble_quant::Result<&TensorInfo> {
+        self.source.info(name)
+    }
+
+    fn bytes(&self, name: &str) -> nibble_quant::Result<&[u8]> {
+        Ok(&self.bytes[name])
+    }
+
+    fn release(&self, _: &str) {}
+}
+
+/// The model with an output head of its own.
+fn untied(config: &ModelConfig) -> ModelConfig {
+    ModelConfig { tie_embeddings: false, ..config.clone() }
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert!(a.len() == b.len() && a.iter().chain(b).all(|v| v.is_finite()));
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn transforms_change_weights_and_no_logits() {
+    for (model_type, biases) in
+        [("llama", true), ("llama", false), ("mistral", false), ("qwen2", false), ("qwen3", false)]
+    {
+        // 72 columns are 8 x 9: a power of two and something else.
+        let mut plan =
+            SynthPlan { hidden_size: 72, heads: 9, kv_heads: 3, head_dim: Some(16), ..SynthPlan::tiny(model_type) };
+        plan.config.insert("mlp_bias".into(), json!(false));
+        plan.tie_embeddings = !biases;
+        let dir = tempfile::tempdir().unwrap();
+        plan.write(dir.path(), None).unwrap();
+        if biases {
+            add_biases(dir.path());
+        }
+        let source = format::open(dir.path()).unwrap();
+        let config = ModelConfig::load(dir.path()).unwrap();
+        let tokens: Vec<u32> = (0..24).map(|i| (i * 37 + 11) % plan.vocab_size as u32).collect();
+        let wanted = logits(&*source, &config, &tokens);
+        for row in TRANSFORMS {
+            let transformed = Transformed::new(&*source, row, 5).unwrap();
+            let found = logits(&Held::all_of(&transformed), &untied(&config), &tokens);
+            let difference = largest_difference(&found, &wanted);
+            // Weights are rounded once more, to 24 bits.
+            assert!(difference < 2e-5, "{model_type}, {}: logits differ by {difference}", row.name);
+            let read = |source: &dyn TensorSource, name: &str| {
+                let mut values = Vec::new();
+                source.read_f32(name, &mut values).unwrap();
+                values
+            };
+            for name in ["model.layers.1.input_layernorm.weight", "model.norm.weight"] {
+                assert!(read(&transformed, name).iter().all(|g| *g == 1.0), "{}: {name}", row.name);
+            }
+            for name in ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"] {
+                assert!(read(&transformed, name) != read(&*source, name), "{}: {name}", row.name);
+            }
+            // Read by parts it is the same.
+            let (name, mut part) = ("model.layers.1.mlp.down_proj.weight", Vec::new());
+            transformed.read_rows_f32(name, 10..31, &mut part).unwrap();
+            let cols = transformed.info(name).unwrap().rows_cols().1;
+            assert_eq!(part, read(&transformed, name)[10 * cols..31 * cols], "{}", row.name);
+        }
+    }
+}
+
+/// Gives the model biases on all projections, in a second file of weights.
+fn add_biases(dir: &Path) {
+    let config = dir.join("config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    (json["attention_bias"], json["mlp_bias"]) = (json!(true), json!(true));
+    std::fs::write(&config, json.to_string()).unwrap();
+    let file = dir.join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut views: Vec<(String, safetensors::tensor::TensorView)> = tensors.tensors();
+    let biases: Vec<(String, Vec<u8>)> = views
+        .iter()
+        .filter(|(name, _)| name.ends_with("_proj.weight"))
+        .map(|(name, view)| {
+            let values = (0..view.shape()[0]).map(|i| ((i * 29 + name.len()) % 17) as f32 / 17.0 - 0.4);
+            (name.replace("weight", "bias"), values.flat_map(f32::to_le_bytes).collect())
+        })
+        .collect();
+    for (name, bytes) in &biases {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![bytes.len() / 4], bytes);
+        views.push((name.clone(), view.unwrap()));
+    }
+    let whole = safetensors::serialize(views, None).unwrap();
+    std::fs::write(&file, whole).unwrap();
+}
+
+#[test]
+fn what_meets_the_residual_stream_in_an_unknown_way_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    SynthPlan::tiny("llama").write(dir.path(), None).unwrap();
+    let file = dir.path().join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let renamed = |from: &str, to: &str| {
+        let views = tensors.iter().map(|(name, view)| (name.replace(from, to), view.clone()));
+        std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+        let source = format::open(dir.path()).unwrap();
+        Transformed::new(&*source, &TRANSFORMS[0], 0).map(|_| ()).unwrap_err().to_string()
+    };
+    let unknown = renamed("mlp.up_proj", "mlp.experts.0.up_proj");
+    assert!(unknown.contains("mlp.experts.0.up_proj.weight") && unknown.contains("isn't known"), "{unknown}");
+    let normless = renamed("layers.1.input_layernorm", "layers.7.input_layernorm");
+    assert!(normless.contains("layers.1.input_layernorm.weight"), "{normless}");
+    let misspelt = transform("hadamrd").unwrap_err().to_string();
+    assert!(misspelt.contains("did you mean `hadamard`"), "{misspelt}");
+}
+
+#[test]
+fn smollm2_turned_by_hadamard_predicts_the_same() {
+    let Some(gguf) = asset("smollm2", "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") else { return };
+    let source = GgufCheckpoint::open(&gguf).unwrap();
+    let json = gguf_sidecars(&source, "float32").unwrap().json("config.json").unwrap().unwrap();
+    let config = ModelConfig::from_json(&gguf, &json).unwrap();
+    let tokens: Vec<u32> = (0..32).map(|i| 100 + i * 331).collect();
+    let wanted = logits(&source, &config, &tokens);
+    let transformed = Transformed::new(&source, transform("hadamard").unwrap(), 0).unwrap();
+    let difference = largest_difference(&logits(&Held::all_of(&transformed), &untied(&config), &tokens), &wanted);
+    assert!(difference < 1e-3, "logits differ by {difference}");
+}
