@@ -13,6 +13,7 @@ mod json;
 mod kill;
 #[path = "../../quant/tests/onnx/small.rs"]
 mod small;
+mod qat;
 mod smollm2;
 mod support;
 mod terminal;

@@ -4,7 +4,9 @@ mod data;
 mod eval;
 mod export;
 mod inspect;
+mod qat;
 mod quantize;
+mod train;
 
 use super::Run;
 use crate::session::Session;
@@ -29,6 +31,8 @@ enum What {
     Eval(eval::Eval),
     Export(export::Export),
     Data(data::Data),
+    Train(train::Train),
+    Qat(qat::Qat),
 }
 
 impl Run for Vision {
@@ -39,6 +43,8 @@ impl Run for Vision {
             What::Eval(eval) => eval.run(session),
             What::Export(export) => export.run(session),
             What::Data(data) => data.run(session),
+            What::Train(train) => train.run(session),
+            What::Qat(qat) => qat.run(session),
         }
     }
 }

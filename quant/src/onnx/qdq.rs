@@ -58,6 +58,8 @@ struct Writer<'a> {
     foreign: bool,
     /// Scale and zero point of each tensor that has any, by the tensor whose they are.
     params: BTreeMap<String, QParams>,
+    /// Names of the smallest and largest code in use, once written: where activations don't use all of their type.
+    code_limits: Option<[String; 2]>,
 }
 
 /// Quantizes a folded model as planned.
@@ -85,8 +87,16 @@ pub fn edits(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<(V
         Mode::Dynamic => false,
         Mode::WeightOnly { .. } => true,
     };
-    let mut writer =
-        Writer { names: graph.names(), graph, plan, calibration, edits: Vec::new(), foreign, params: BTreeMap::new() };
+    let mut writer = Writer {
+        names: graph.names(),
+        graph,
+        plan,
+        calibration,
+        edits: Vec::new(),
+        foreign,
+        params: BTreeMap::new(),
+        code_limits: None,
+    };
     match plan.settings.mode {
         Mode::Static => {
             writer.activations()?;
