@@ -22,6 +22,7 @@ pub use rows::{add_channels, add_rows};
 pub use softmax::softmax;
 
 use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
+use nibble_kernels::simd::{LANES, Simd};
 use rayon::prelude::*;
 
 /// Values that one thread takes at a time: a multiple of every vector's lanes.
@@ -64,6 +65,31 @@ fn parts2<T: Send>(
     let part = part.max(1);
     let inputs = x.par_chunks(part).zip(y.par_chunks(part));
     inputs.zip(out.par_chunks_mut(part)).map(|((x, y), out)| f(x, y, out)).collect()
+}
+
+/// `out = f(x)`, whole vectors first.
+#[inline(always)]
+fn map<S: Simd>(s: S, x: &[f32], out: &mut [f32], f: impl Fn(S::F32) -> S::F32) {
+    let ((x, x_tail), (out, out_tail)) = (x.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+    for (x, out) in x.iter().zip(out) {
+        s.store(f(s.load(x)), out);
+    }
+    if !out_tail.is_empty() {
+        s.store_partial(f(s.load_partial(x_tail)), out_tail);
+    }
+}
+
+/// `out = f(x, y)`, whole vectors first; lanes past the end are 0.
+#[inline(always)]
+fn map2<S: Simd>(s: S, x: &[f32], y: &[f32], out: &mut [f32], mut f: impl FnMut(S::F32, S::F32) -> S::F32) {
+    let ((x, x_tail), (y, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let (out, out_tail) = out.as_chunks_mut::<LANES>();
+    for ((x, y), out) in x.iter().zip(y).zip(out) {
+        s.store(f(s.load(x), s.load(y)), out);
+    }
+    if !out_tail.is_empty() {
+        s.store_partial(f(s.load_partial(x_tail), s.load_partial(y_tail)), out_tail);
+    }
 }
 
 /// Rows of `d` values that make about a [`GRAIN`].

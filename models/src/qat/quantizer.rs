@@ -158,10 +158,12 @@ pub struct WeightQuantizer {
     pub axis: Axis,
     /// The codes.
     pub grid: IntGrid,
-    /// The scales, one a channel; learned, or of the channel's largest weight where they aren't.
+    /// The scales, one a channel.
     pub scale: Var,
     /// Scales are learned.
     pub learn: bool,
+    /// Scales are those of each channel's largest weight. Neither: they stay as they are.
+    pub follows: bool,
     /// What scales must be at least, so that biases fit into 32 bits of them: the bias and its layer's input.
     pub bias: Option<(String, usize)>,
     pub(super) least: Vec<f32>,
@@ -177,12 +179,12 @@ impl WeightQuantizer {
         Ok(())
     }
 
-    /// Brings scales where they may be: those of the largest weights if they aren't learned; in any case not below what
-    /// a bias needs (`bias` and the scale of the layer's input).
+    /// Brings scales where they may be: those of the largest weights if they follow them; in any case not below what a
+    /// bias needs (`bias` and the scale of the layer's input).
     pub(super) fn settle(&mut self, weight: &Tensor, bias: Option<(&Tensor, f32)>) -> Result<()> {
         let mut scales = self.scale.as_tensor().to_vec1::<f32>().map_err(candle(&self.parameter))?;
         let before = scales.clone();
-        if !self.learn {
+        if self.follows {
             let n = scales.len().max(1);
             let largest = lend(weight, |w| {
                 let mut largest = vec![0f32; n];
@@ -196,7 +198,7 @@ impl WeightQuantizer {
             let largest = largest.map_err(candle(&self.parameter))?;
             let of = |&hi: &f32| self.grid.params(Range { lo: -hi, hi }).scale;
             scales = largest.iter().map(of).collect();
-        } else {
+        } else if self.learn {
             scales.iter_mut().zip(&self.least).for_each(|(s, least)| *s = s.max(*least));
         }
         if let Some((bias, input)) = bias {

@@ -191,10 +191,10 @@ impl Run for Train {
         self.output.check()?;
         self.threads.set_for_conversion()?;
         let (data, valid) = self.samples.open("image", None, None)?;
-        let (Some(classes), &[c, h, w]) = (data.classes(), data.dims.as_slice()) else {
+        let (Some(count), &[c, h, w]) = (data.classes(), data.dims.as_slice()) else {
             return Err(Usage(format!("{}: has no labels to learn from", self.samples.data.display())).into());
         };
-        let count = classes.max(valid.as_ref().and_then(Dataset::classes).unwrap_or(0));
+        let count = count.max(valid.as_ref().and_then(Dataset::classes).unwrap_or(0));
         let settings = self.training.settings(2e-3, data.len())?;
         let mut net = Net::float(&arch::build(&self.arch, [c, h, w], count, settings.seed)?)?;
         let parameters: usize = net.parameters().values().map(|v| v.elem_count()).sum();

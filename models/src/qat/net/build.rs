@@ -195,6 +195,7 @@ impl<'a> Builder<'a> {
                 grid: IntGrid::symmetric(IntType::S8).with_bits(bits),
                 scale: Var::zeros(1, DType::F32, &Device::Cpu).map_err(|e| refuse(parameter.name(), e))?,
                 learn,
+                follows: self.quantized.is_some() && !learn,
                 bias: None,
                 least: Vec::new(),
             };

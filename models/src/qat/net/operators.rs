@@ -265,7 +265,7 @@ fn gemm(c: &Call) -> Result<Value> {
 fn matmul(c: &Call) -> Result<Value> {
     let (a, b) = (c.tensor(0)?, c.tensor(1)?);
     if b.rank() != 2 || a.rank() < 2 {
-        return float(c, a.contiguous().and_then(|a| a.broadcast_matmul(b)));
+        return float(c, a.contiguous().and_then(|a| a.broadcast_matmul(&b.contiguous()?)));
     }
     let mut dims = a.dims().to_vec();
     let k = dims.pop().unwrap_or(1);

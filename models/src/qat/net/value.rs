@@ -48,7 +48,8 @@ impl<'a> Call<'a> {
 
     /// Candle's errors as this node's.
     pub fn of<T>(&self, result: candle_core::Result<T>) -> Result<T> {
-        result.map_err(|e| self.refuse(e))
+        // Where candle adds a backtrace, it comes after the first line.
+        result.map_err(|e| self.refuse(e.to_string().lines().next().unwrap_or_default()))
     }
 
     /// A float input.

@@ -6,6 +6,7 @@
 //! candle's own convolution takes a channel of a depthwise one at a time, and gets its gradients from transposed
 //! convolutions.
 
+use super::norm::Dot;
 use super::{add_channels, lend, values};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
@@ -187,19 +188,56 @@ impl CustomOp1 for Roll {
 }
 
 /// A convolution of each channel with a kernel of its own.
+///
+/// ```text
+/// picture with zeros around it, row after row    x x x 0 0 | x x x 0 0 | ...
+/// kernel value (ky, kx)                          reads `ky * width + kx` further on
+/// ```
+/// A plane is one run of values and the kernel a few distances in it, whatever the picture's width. Places between two
+/// rows, and those that steps jump over, are computed too and left out.
 struct Depthwise {
     shape: ConvShape,
 }
 
-/// A plane with zeros around it, so that every value of a kernel has a pixel everywhere.
-fn padded(x: &[f32], [h, w]: [usize; 2], shape: &ConvShape, out: &mut Vec<f32>) -> usize {
-    let width = w + shape.pads[1][0] + shape.pads[1][1];
-    out.clear();
-    out.resize(width * (h + shape.pads[0][0] + shape.pads[0][1]), 0.0);
-    for (y, x) in x.chunks(w.max(1)).enumerate() {
-        out[(y + shape.pads[0][0]) * width + shape.pads[1][0]..][..w].copy_from_slice(x);
+/// Where things lie in the run of values of a plane.
+struct Runs {
+    /// Of a padded row.
+    width: usize,
+    /// Distance of each value of the kernel.
+    offsets: Vec<usize>,
+    /// The largest of them.
+    reach: usize,
+    /// Values of the padded picture, and places of the kernel, in whole vectors.
+    pixels: usize,
+    places: usize,
+}
+
+impl Depthwise {
+    fn runs(&self, [h, w]: [usize; 2], oh: usize) -> Runs {
+        let ConvShape { kernel: [ky, kx], strides, pads, dilations, .. } = self.shape;
+        let width = w + pads[1][0] + pads[1][1];
+        let offset = |tap: usize| tap / kx * dilations[0] * width + tap % kx * dilations[1];
+        let offsets: Vec<usize> = (0..ky * kx).map(offset).collect();
+        let reach = offsets.iter().copied().max().unwrap_or(0);
+        let pixels = (width * (h + pads[0][0] + pads[0][1])).next_multiple_of(LANES);
+        let places = (((oh - 1) * strides[0] + 1) * width).next_multiple_of(LANES);
+        Runs { width, offsets, reach, pixels, places }
     }
-    width
+
+    /// A plane with zeros around it, and enough of them behind it.
+    fn pad(&self, x: &[f32], w: usize, runs: &Runs, out: &mut Vec<f32>) {
+        out.clear();
+        out.resize(runs.pixels.max(runs.places) + runs.reach, 0.0);
+        for (y, x) in x.chunks(w.max(1)).enumerate() {
+            let at = (y + self.shape.pads[0][0]) * runs.width + self.shape.pads[1][0];
+            out[at..at + w].copy_from_slice(x);
+        }
+    }
+
+    /// The place of an output's row in a run, and the distance of two of its values.
+    fn row(&self, y: usize, runs: &Runs) -> (usize, usize) {
+        (y * self.shape.strides[0] * runs.width, self.shape.strides[1])
+    }
 }
 
 impl CustomOp2 for Depthwise {
@@ -211,56 +249,29 @@ impl CustomOp2 for Depthwise {
         let (x, weight) = (values(self.name(), s1, l1)?, values(self.name(), s2, l2)?);
         let (b, c, h, w) = l1.shape().dims4()?;
         let (oh, ow) = (self.shape.places(0, h)?, self.shape.places(1, w)?);
-        let taps = self.shape.kernel[0] * self.shape.kernel[1];
+        let runs = self.runs([h, w], oh);
+        let taps = runs.offsets.len();
         let mut out = vec![0f32; b * c * oh * ow];
         let isa = Isa::best();
         let planes = out.par_chunks_mut((oh * ow).max(1)).zip(x.par_chunks((h * w).max(1))).enumerate();
-        planes.for_each_init(Vec::new, |buffer, (plane, (out, x))| {
-            let width = padded(x, [h, w], &self.shape, buffer);
-            let kernel = &weight[plane % c * taps..][..taps];
-            dispatch(isa, Plane { x: buffer, out, kernel, width, ow, shape: &self.shape });
-        });
+        planes.for_each_init(
+            || (Vec::new(), vec![0f32; runs.places]),
+            |(from, to), (plane, (out, x))| {
+                self.pad(x, w, &runs, from);
+                let kernel = &weight[plane % c * taps..][..taps];
+                dispatch(isa, Correlate { x: from, offsets: &runs.offsets, kernel, out: to });
+                for (y, out) in out.chunks_mut(ow.max(1)).enumerate() {
+                    let (at, step) = self.row(y, &runs);
+                    out.iter_mut().zip(to[at..].iter().step_by(step)).for_each(|(out, v)| *out = *v);
+                }
+            },
+        );
         Ok((CpuStorage::F32(out), Shape::from((b, c, oh, ow))))
     }
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (b, c, h, w) = x.dims4()?;
-        let (_, _, oh, ow) = grad.dims4()?;
-        let taps = self.shape.kernel[0] * self.shape.kernel[1];
-        let isa = Isa::best();
-        let (out, sums) = lend(x, |x| {
-            lend(weight, |weight| {
-                lend(grad, |grad| {
-                    let mut out = vec![0f32; b * c * h * w];
-                    let planes = out.par_chunks_mut((h * w).max(1)).zip(x.par_chunks((h * w).max(1)));
-                    let planes = planes.zip(grad.par_chunks((oh * ow).max(1))).enumerate();
-                    let partial: Vec<Vec<f32>> = planes
-                        .map_init(
-                            || (Vec::new(), Vec::new()),
-                            |(from, to), (plane, ((out, x), grad))| {
-                                let width = padded(x, [h, w], &self.shape, from);
-                                to.clear();
-                                to.resize(from.len(), 0.0);
-                                let kernel = &weight[plane % c * taps..][..taps];
-                                let mut sums = vec![0f32; taps];
-                                let shape = &self.shape;
-                                dispatch(isa, PlaneBack { x: from, to, grad, kernel, sums: &mut sums, width, ow, shape });
-                                for (y, out) in out.chunks_mut(w.max(1)).enumerate() {
-                                    let start = (y + shape.pads[0][0]) * width + shape.pads[1][0];
-                                    out.copy_from_slice(&to[start..start + w]);
-                                }
-                                sums
-                            },
-                        )
-                        .collect();
-                    let mut sums = vec![0f32; c * taps];
-                    for (plane, partial) in partial.iter().enumerate() {
-                        let at = plane % c * taps;
-                        sums[at..at + taps].iter_mut().zip(partial).for_each(|(sum, p)| *sum += p);
-                    }
-                    Ok((out, sums))
-                })
-            })
+        let (out, sums) = lend(x, |x_values| {
+            lend(weight, |weight| lend(grad, |g| Ok(self.backward(x_values, x.dims(), weight, g, grad.dims()))))
         })?;
         let device = x.device();
         let out = Tensor::from_vec(out, x.shape(), device)?;
@@ -268,77 +279,70 @@ impl CustomOp2 for Depthwise {
     }
 }
 
-struct Plane<'a> {
-    x: &'a [f32],
-    out: &'a mut [f32],
-    kernel: &'a [f32],
-    width: usize,
-    ow: usize,
-    shape: &'a ConvShape,
-}
-
-impl SimdOp for Plane<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let ConvShape { kernel: [_, kx], strides, dilations, .. } = *self.shape;
-        for (y, out) in self.out.chunks_mut(self.ow).enumerate() {
-            for (tap, &weight) in self.kernel.iter().enumerate() {
-                let start = (y * strides[0] + tap / kx * dilations[0]) * self.width + tap % kx * dilations[1];
-                let from = &self.x[start..];
-                if strides[1] == 1 {
-                    let weight = s.splat(weight);
-                    for (x, out) in from[..out.len()].chunks(LANES).zip(out.chunks_mut(LANES)) {
-                        s.store_partial(s.fma(s.load_partial(x), weight, s.load_partial(out)), out);
-                    }
-                } else {
-                    for (i, out) in out.iter_mut().enumerate() {
-                        *out = from[i * strides[1]].mul_add(weight, *out);
-                    }
-                }
+impl Depthwise {
+    /// Gradients of (b, c, h, w) pictures and of the kernels.
+    fn backward(&self, x: &[f32], dims: &[usize], weight: &[f32], grad: &[f32], of: &[usize]) -> (Vec<f32>, Vec<f32>) {
+        let (c, h, w, oh, ow) = (dims[1], dims[2], dims[3], of[2], of[3]);
+        let runs = self.runs([h, w], oh);
+        let taps = runs.offsets.len();
+        // What a pixel went into lies before it: with `reach` zeros in front, that is further on again.
+        let backwards: Vec<usize> = runs.offsets.iter().map(|offset| runs.reach - offset).collect();
+        let isa = Isa::best();
+        let mut out = vec![0f32; x.len()];
+        let planes = out.par_chunks_mut((h * w).max(1)).zip(x.par_chunks((h * w).max(1)));
+        let planes = planes.zip(grad.par_chunks((oh * ow).max(1))).enumerate();
+        let plane = |(from, grads, to): &mut (Vec<f32>, Vec<f32>, Vec<f32>), plane: usize, x: &[f32], g: &[f32], out: &mut [f32]| {
+            self.pad(x, w, &runs, from);
+            grads.clear();
+            grads.resize(runs.pixels.max(runs.places) + 2 * runs.reach, 0.0);
+            for (y, g) in g.chunks(ow.max(1)).enumerate() {
+                let (at, step) = self.row(y, &runs);
+                grads[runs.reach + at..].iter_mut().step_by(step).zip(g).for_each(|(to, g)| *to = *g);
             }
+            to.clear();
+            to.resize(runs.pixels, 0.0);
+            let kernel = &weight[plane % c * taps..][..taps];
+            dispatch(isa, Correlate { x: grads, offsets: &backwards, kernel, out: to });
+            for (y, out) in out.chunks_mut(w.max(1)).enumerate() {
+                let at = (y + self.shape.pads[0][0]) * runs.width + self.shape.pads[1][0];
+                out.copy_from_slice(&to[at..at + w]);
+            }
+            let g = &grads[runs.reach..][..runs.places];
+            let sum = |&offset: &usize| dispatch(isa, Dot { x: &from[offset..][..g.len()], y: g, about: 0.0, by: 0.0 });
+            runs.offsets.iter().map(sum).collect::<Vec<f32>>()
+        };
+        let partial: Vec<Vec<f32>> =
+            planes.map_init(Default::default, |buffers, (i, ((out, x), g))| plane(buffers, i, x, g, out)).collect();
+        let mut sums = vec![0f32; weight.len()];
+        for (plane, partial) in partial.iter().enumerate() {
+            let at = plane % c * taps;
+            sums[at..at + taps].iter_mut().zip(partial).for_each(|(sum, p)| *sum += p);
         }
+        (out, sums)
     }
 }
 
-struct PlaneBack<'a> {
+/// `out[i] = sum over the kernel of kernel[k] * x[i + offsets[k]]`, for whole vectors.
+struct Correlate<'a> {
     x: &'a [f32],
-    to: &'a mut [f32],
-    grad: &'a [f32],
+    offsets: &'a [usize],
     kernel: &'a [f32],
-    sums: &'a mut [f32],
-    width: usize,
-    ow: usize,
-    shape: &'a ConvShape,
+    out: &'a mut [f32],
 }
 
-impl SimdOp for PlaneBack<'_> {
+impl SimdOp for Correlate<'_> {
     type Output = ();
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let ConvShape { kernel: [_, kx], strides, dilations, .. } = *self.shape;
-        for (y, grad) in self.grad.chunks(self.ow).enumerate() {
-            for (tap, (&weight, sum)) in self.kernel.iter().zip(self.sums.iter_mut()).enumerate() {
-                let start = (y * strides[0] + tap / kx * dilations[0]) * self.width + tap % kx * dilations[1];
-                if strides[1] == 1 {
-                    let (x, to) = (&self.x[start..][..grad.len()], &mut self.to[start..][..grad.len()]);
-                    let (factor, mut total) = (s.splat(weight), s.splat(0.0));
-                    for ((x, to), grad) in x.chunks(LANES).zip(to.chunks_mut(LANES)).zip(grad.chunks(LANES)) {
-                        let grad = s.load_partial(grad);
-                        total = s.fma(s.load_partial(x), grad, total);
-                        s.store_partial(s.fma(grad, factor, s.load_partial(to)), to);
-                    }
-                    *sum += s.sum(total);
-                } else {
-                    for (i, &grad) in grad.iter().enumerate() {
-                        let at = start + i * strides[1];
-                        *sum = self.x[at].mul_add(grad, *sum);
-                        self.to[at] = grad.mul_add(weight, self.to[at]);
-                    }
+        for (i, out) in self.out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let mut sum = s.splat(0.0);
+            for (&offset, &weight) in self.offsets.iter().zip(self.kernel) {
+                if let Some(x) = self.x[i * LANES + offset..].first_chunk::<LANES>() {
+                    sum = s.fma(s.load(x), s.splat(weight), sum);
                 }
             }
+            s.store(sum, out);
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Clips and GELU.
 
-use super::{GRAIN, lend, parts, parts2, values};
+use super::{GRAIN, lend, map, map2, parts, parts2, values};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
 use nibble_kernels::ops::math;
-use nibble_kernels::simd::{LANES, Simd, SimdOp, dispatch};
+use nibble_kernels::simd::{Simd, SimdOp, dispatch};
 
 /// Values within `lo..=hi`; the gradient is 0 at and past the ends (Relu: `lo` 0, `hi` infinite).
 pub fn clamp(x: &Tensor, lo: f32, hi: f32) -> Result<Tensor> {
@@ -65,10 +65,8 @@ impl SimdOp for Clip<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let (lo, hi) = (s.splat(self.lo), s.splat(self.hi));
-        for (x, out) in self.x.chunks(LANES).zip(self.out.chunks_mut(LANES)) {
-            // The operand that may be NaN comes second, so that it stays.
-            s.store_partial(s.max(lo, s.min(hi, s.load_partial(x))), out);
-        }
+        // The operand that may be NaN comes second, so that it stays.
+        map(s, self.x, self.out, |x| s.max(lo, s.min(hi, x)));
     }
 }
 
@@ -86,11 +84,9 @@ impl SimdOp for ClipBack<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let (lo, hi, zero) = (s.splat(self.lo), s.splat(self.hi), s.splat(0.0));
-        for ((x, grad), out) in self.x.chunks(LANES).zip(self.grad.chunks(LANES)).zip(self.out.chunks_mut(LANES)) {
-            let x = s.load_partial(x);
-            let below = s.select(s.lt(x, hi), s.load_partial(grad), zero);
-            s.store_partial(s.select(s.lt(lo, x), below, zero), out);
-        }
+        map2(s, self.x, self.grad, self.out, |x, grad| {
+            s.select(s.lt(lo, x), s.select(s.lt(x, hi), grad, zero), zero)
+        });
     }
 }
 
@@ -125,9 +121,7 @@ impl SimdOp for GeluRun<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        for (x, out) in self.x.chunks(LANES).zip(self.out.chunks_mut(LANES)) {
-            s.store_partial(math::gelu(s, s.load_partial(x)), out);
-        }
+        map(s, self.x, self.out, |x| math::gelu(s, x));
     }
 }
 
@@ -144,12 +138,11 @@ impl SimdOp for GeluBack<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let density = s.splat(0.398_942_3);
-        for ((x, grad), out) in self.x.chunks(LANES).zip(self.grad.chunks(LANES)).zip(self.out.chunks_mut(LANES)) {
-            let x = s.load_partial(x);
+        map2(s, self.x, self.grad, self.out, |x, grad| {
             let near = s.fma(x, density, s.splat(0.5));
             let phi = s.select(s.lt(s.abs(x), s.splat(1e-3)), near, s.div(math::gelu(s, x), x));
             let bell = s.mul(density, math::exp(s, s.mul(s.mul(x, x), s.splat(-0.5))));
-            s.store_partial(s.mul(s.fma(x, bell, phi), s.load_partial(grad)), out);
-        }
+            s.mul(s.fma(x, bell, phi), grad)
+        });
     }
 }

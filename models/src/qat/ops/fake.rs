@@ -9,7 +9,7 @@
 //! PyTorch has it: the largest weight of a channel, whose quotient may come out a bit above the last code, keeps its
 //! gradient. With a learned scale it means that `v` itself is, as in the paper.
 
-use super::{GRAIN, lend, parts, parts2, values};
+use super::{GRAIN, lend, map, map2, parts, parts2, values};
 use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{LANES, Simd, SimdOp, dispatch};
@@ -163,10 +163,7 @@ impl SimdOp for Run<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let (scale, low, high) = (s.splat(self.scale), s.splat(self.low), s.splat(self.high));
-        for (x, out) in self.x.chunks(LANES).zip(self.out.chunks_mut(LANES)) {
-            let v = s.div(s.load_partial(x), scale);
-            s.store_partial(s.mul(steps(s, v, low, high), scale), out);
-        }
+        map(s, self.x, self.out, |x| s.mul(steps(s, s.div(x, scale), low, high), scale));
     }
 }
 
@@ -184,12 +181,7 @@ impl SimdOp for Columns<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let (low, high) = (s.splat(self.low), s.splat(self.high));
-        let columns = self.x.chunks(LANES).zip(self.scales.chunks(LANES));
-        for ((x, scale), out) in columns.zip(self.out.chunks_mut(LANES)) {
-            let scale = s.load_partial(scale);
-            let v = s.div(s.load_partial(x), scale);
-            s.store_partial(s.mul(steps(s, v, low, high), scale), out);
-        }
+        map2(s, self.x, self.scales, self.out, |x, scale| s.mul(steps(s, s.div(x, scale), low, high), scale));
     }
 }
 
@@ -223,14 +215,14 @@ impl SimdOp for RunBack<'_> {
         let ends = [self.low, self.high, self.low - self.slack, self.high + self.slack];
         let ends = [s.splat(ends[0]), s.splat(ends[1]), s.splat(ends[2]), s.splat(ends[3])];
         let mut sum = s.splat(0.0);
-        for ((x, grad), out) in self.x.chunks(LANES).zip(self.grad.chunks(LANES)).zip(self.out.chunks_mut(LANES)) {
-            let v = s.div(s.load_partial(x), scale);
+        match self.learn {
             // Lanes past the end have gradient 0.
-            let [passed, slope] = back(s, v, s.load_partial(grad), ends);
-            s.store_partial(passed, out);
-            if self.learn {
+            true => map2(s, self.x, self.grad, self.out, |x, grad| {
+                let [passed, slope] = back(s, s.div(x, scale), grad, ends);
                 sum = s.add(sum, slope);
-            }
+                passed
+            }),
+            false => map2(s, self.x, self.grad, self.out, |x, grad| back(s, s.div(x, scale), grad, ends)[0]),
         }
         s.sum(sum)
     }

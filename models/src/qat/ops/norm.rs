@@ -332,11 +332,11 @@ impl CustomOp3 for BatchNorm {
 }
 
 /// The sum of `(x - about) (y - by)`.
-struct Dot<'a> {
-    x: &'a [f32],
-    y: &'a [f32],
-    about: f32,
-    by: f32,
+pub(super) struct Dot<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) y: &'a [f32],
+    pub(super) about: f32,
+    pub(super) by: f32,
 }
 
 impl SimdOp for Dot<'_> {

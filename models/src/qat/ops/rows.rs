@@ -1,6 +1,6 @@
 //! Sums with a vector that repeats: biases and tables of positions.
 
-use super::{grain_of_rows, lend, parts, values};
+use super::{grain_of_rows, lend, map2, parts, values};
 use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{LANES, Simd, SimdOp, dispatch};
@@ -66,9 +66,7 @@ impl SimdOp for Add<'_> {
     fn eval<S: Simd>(self, s: S) {
         let n = self.y.len();
         for (x, out) in self.x.chunks(n).zip(self.out.chunks_mut(n)) {
-            for ((x, y), out) in x.chunks(LANES).zip(self.y.chunks(LANES)).zip(out.chunks_mut(LANES)) {
-                s.store_partial(s.add(s.load_partial(x), s.load_partial(y)), out);
-            }
+            map2(s, x, self.y, out, |x, y| s.add(x, y));
         }
     }
 }
@@ -84,9 +82,11 @@ impl SimdOp for SumRows<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         for grad in self.grad.chunks(self.sums.len()) {
-            for (grad, sum) in grad.chunks(LANES).zip(self.sums.chunks_mut(LANES)) {
-                s.store_partial(s.add(s.load_partial(sum), s.load_partial(grad)), sum);
+            let ((grad, grad_tail), (sums, sums_tail)) = (grad.as_chunks::<LANES>(), self.sums.as_chunks_mut::<LANES>());
+            for (grad, sum) in grad.iter().zip(sums) {
+                s.store(s.add(s.load(sum), s.load(grad)), sum);
             }
+            sums_tail.iter_mut().zip(grad_tail).for_each(|(sum, grad)| *sum += grad);
         }
     }
 }
@@ -131,9 +131,10 @@ impl SimdOp for Sum<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> f32 {
         let mut sum = s.splat(0.0);
-        for x in self.0.chunks(LANES) {
-            sum = s.add(sum, s.load_partial(x));
+        let (whole, tail) = self.0.as_chunks::<LANES>();
+        for x in whole {
+            sum = s.add(sum, s.load(x));
         }
-        s.sum(sum)
+        s.sum(sum) + tail.iter().sum::<f32>()
     }
 }
