@@ -23,8 +23,7 @@ use std::path::PathBuf;
 #[command(after_help = "Example: nibble vision qat cnn.onnx --data mnist_5k.csv.gz --holdout 1000 --weight-bits 4 \\
     --activation-bits 4 --lsq -o cnn-w4a4.onnx
 
---epochs 0 rounds without training. Samples without labels need --distill 1: the float model's outputs are learned.
-The learning rate is 0.0005 by default.")]
+--epochs 0 rounds without training. Samples without labels need --distill 1: the float model's outputs are learned.")]
 pub struct Qat {
     /// The float model
     #[arg(value_name = "MODEL.onnx")]

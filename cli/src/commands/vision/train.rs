@@ -82,8 +82,8 @@ pub struct Training {
     epochs: usize,
     /// Samples of a step
     #[arg(long, value_name = "N", default_value_t = 64)]
-    batch: usize,
-    /// The learning rate at its highest; it rises in the first steps and falls along a cosine [default: see below]
+    batch_size: usize,
+    /// The learning rate at its highest; it rises in the first steps and falls along a cosine [default: 0.002; qat: 0.0005]
     #[arg(long, value_name = "RATE")]
     rate: Option<f64>,
     /// What moves parameters
@@ -119,18 +119,18 @@ enum OptimizerWord {
 impl Training {
     /// The settings; `rate` is what the learning rate is by default.
     pub fn settings(&self, rate: f64, samples: usize) -> Result<TrainSettings> {
-        if self.batch == 0 {
-            return Err(Usage("--batch 0: a step needs a sample".into()).into());
+        if self.batch_size == 0 {
+            return Err(Usage("--batch-size 0: a step needs a sample".into()).into());
         }
         let method = match self.optimizer {
             OptimizerWord::Adamw => Method::AdamW { decay: self.decay },
             OptimizerWord::Sgd => Method::Sgd,
         };
         // A twentieth of all steps.
-        let warmup = (samples.div_ceil(self.batch) * self.epochs).div_ceil(20);
+        let warmup = (samples.div_ceil(self.batch_size) * self.epochs).div_ceil(20);
         Ok(TrainSettings {
             epochs: self.epochs,
-            batch: self.batch,
+            batch: self.batch_size,
             rate: self.rate.unwrap_or(rate),
             warmup,
             method,
