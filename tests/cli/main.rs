@@ -11,9 +11,9 @@ mod download;
 mod interrupt;
 mod json;
 mod kill;
+mod qat;
 #[path = "../../quant/tests/onnx/small.rs"]
 mod small;
-mod qat;
 mod smollm2;
 mod support;
 mod terminal;

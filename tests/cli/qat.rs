@@ -23,7 +23,9 @@ const DATA: [&str; 4] = ["--data", "data.csv", "--holdout", "8"];
 #[test]
 fn a_model_is_trained_and_trained_again_in_integers() {
     let place = place();
-    let train = [&["vision", "train", "--arch", "cnn", "-o", "float.onnx", "--epochs", "6", "--batch-size", "8"], &DATA[..]].concat();
+    let train =
+        [&["vision", "train", "--arch", "cnn", "-o", "float.onnx", "--epochs", "6", "--batch-size", "8"], &DATA[..]]
+            .concat();
     let made = place.run(&[&train[..], &["--json"]].concat()).json();
     assert_eq!((made["valid"]["samples"].as_u64(), made["epochs"].as_array().unwrap().len()), (Some(8), 6));
     assert_eq!(made["valid"]["accuracy"], 1.0, "{made}");
@@ -32,7 +34,19 @@ fn a_model_is_trained_and_trained_again_in_integers() {
     place.run(&[&train[..], &["--force", "--threads", "1"]].concat()).ok();
     assert_eq!(std::fs::read(place.path("float.onnx")).unwrap(), first, "the same seed gives the same bytes");
 
-    let qat = ["vision", "qat", "float.onnx", "-o", "int.onnx", "--epochs", "2", "--batch-size", "8", "--checkpoint", "state.safetensors"];
+    let qat = [
+        "vision",
+        "qat",
+        "float.onnx",
+        "-o",
+        "int.onnx",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "8",
+        "--checkpoint",
+        "state.safetensors",
+    ];
     let qat = [&qat[..], &DATA].concat();
     let made = place.run(&[&qat[..], &["--lsq", "--weight-bits", "4", "--distill", "--json"]].concat()).json();
     assert_eq!((made["float"].as_f64(), made["epochs"].as_array().unwrap().len()), (Some(1.0), 2), "{made}");
@@ -58,7 +72,11 @@ fn wrong_words_are_refused_before_anything_is_trained() {
     for (words, code, says) in [
         (&["train", "--arch", "magic", "-o", "a.onnx", "--data", "data.csv"][..], 1, "known: cnn, vit"),
         (&["train", "--arch", "cnn", "-o", "a.onnx", "--data", "nowhere.csv"], 1, "nowhere.csv"),
-        (&["train", "--arch", "cnn", "-o", "a.onnx", "--data", "data.csv", "--holdout", "48"], 1, "data.csv: 48 samples"),
+        (
+            &["train", "--arch", "cnn", "-o", "a.onnx", "--data", "data.csv", "--holdout", "48"],
+            1,
+            "data.csv: 48 samples",
+        ),
         (&["train", "--arch", "cnn", "-o", "a.onnx", "--data", "data.csv", "--batch-size", "0"], 2, "--batch-size 0"),
         (&["train", "--arch", "cnn", "-o", "a.onnx", "--data", "data.csv", "--resume"], 2, "--checkpoint"),
         (&["qat", "nowhere.onnx", "-o", "a.onnx", "--data", "data.csv"], 1, "nowhere.onnx"),

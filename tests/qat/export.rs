@@ -84,6 +84,18 @@ fn integers_decide_as_the_network_in_training_did() {
     }
 }
 
+/// Eight bits lose little, whatever is merged into ranges: the network in training is near the float one.
+#[test]
+fn eight_bits_are_near_the_float_model() {
+    let data = quarters(64, 1);
+    for architecture in ARCHITECTURES {
+        let float = trained(&build(architecture.name, [1, 8, 8], 4, 3).unwrap(), &data, 3);
+        let exact = Net::float(&float).unwrap().forward(&all(&data), Mode::Evaluate).unwrap();
+        let rounded = quantized(&float, &data, 8, true).forward(&all(&data), Mode::Evaluate).unwrap();
+        assert!(difference(&rounded, &exact) < 0.1, "{}: {}", architecture.name, difference(&rounded, &exact));
+    }
+}
+
 /// What is read back from an exported file is what was written: a quantized model can be looked at as a network too.
 #[test]
 fn an_exported_model_is_a_network_again() {

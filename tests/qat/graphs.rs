@@ -51,11 +51,7 @@ fn cases() -> Vec<Case> {
         (one(node("Cast", &["x"], "y").with(int("to", 1))), vec![], rows),
         (vec![node("Exp", &["x"], "e"), node("Sqrt", &["e"], "y")], vec![], rows),
         (one(node("Pow", &["x", "two"], "y")), vec![from_f32("two", &[], &[2.0])], rows),
-        (
-            vec![node("Exp", &["x"], "e"), node("Pow", &["e", "p"], "y")],
-            vec![from_f32("p", &[], &[-0.5])],
-            rows,
-        ),
+        (vec![node("Exp", &["x"], "e"), node("Pow", &["e", "p"], "y")], vec![from_f32("p", &[], &[-0.5])], rows),
         (
             one(node("Clip", &["x", "lo", "hi"], "y")),
             vec![from_f32("lo", &[], &[-0.3]), from_f32("hi", &[], &[0.4])],
@@ -69,7 +65,11 @@ fn cases() -> Vec<Case> {
         (one(node("Mul", &["x", "b"], "y")), vec![constant("b", &[4, 1], 1)], rows),
         (vec![node("Exp", &["x"], "e"), node("Div", &["b", "e"], "y")], vec![constant("b", &[6], 1)], rows),
         (one(node("MatMul", &["x", "w"], "y")), vec![constant("w", &[6, 3], 1)], rows),
-        (vec![node("Transpose", &["x"], "t").with(ints("perm", &[0, 2, 1])), node("MatMul", &["x", "t"], "y")], vec![], rows),
+        (
+            vec![node("Transpose", &["x"], "t").with(ints("perm", &[0, 2, 1])), node("MatMul", &["x", "t"], "y")],
+            vec![],
+            rows,
+        ),
         (one(node("Gemm", &["x", "w", "b"], "y")), vec![constant("w", &[6, 3], 1), constant("b", &[3], 2)], &[4, 6]),
         (
             one(node("Gemm", &["x", "w", "b"], "y")
@@ -81,7 +81,9 @@ fn cases() -> Vec<Case> {
             &[4, 6],
         ),
         (
-            one(window(node("Conv", &["x", "w", "b"], "y")).with(ints("pads", &[1, 0, 0, 1])).with(ints("dilations", &[1, 2]))),
+            one(window(node("Conv", &["x", "w", "b"], "y"))
+                .with(ints("pads", &[1, 0, 0, 1]))
+                .with(ints("dilations", &[1, 2]))),
             vec![constant("w", &[4, 3, 3, 2], 1), constant("b", &[4], 2)],
             picture,
         ),
@@ -102,7 +104,11 @@ fn cases() -> Vec<Case> {
         ),
         (one(window(unary("MaxPool")).with(ints("pads", &[1, 0, 1, 1]))), vec![], picture),
         (one(window(unary("AveragePool")).with(ints("pads", &[1, 0, 1, 1]))), vec![], picture),
-        (one(window(unary("AveragePool")).with(ints("pads", &[1, 0, 1, 1])).with(int("count_include_pad", 1))), vec![], picture),
+        (
+            one(window(unary("AveragePool")).with(ints("pads", &[1, 0, 1, 1])).with(int("count_include_pad", 1))),
+            vec![],
+            picture,
+        ),
         (one(unary("ReduceMean").with(ints("axes", &[1])).with(int("keepdims", 0))), vec![], rows),
         (one(unary("ReduceMean").with(ints("axes", &[2, 3]))), vec![], picture),
         (
@@ -131,12 +137,22 @@ fn cases() -> Vec<Case> {
                 node("Expand", &["token", "to"], "tokens"),
                 node("Concat", &["tokens", "x"], "y").with(int("axis", 1)),
             ],
-            vec![from_i64("zero", &[], &[0]), list("first", &[0]), list("rest", &[1, 6]), constant("token", &[1, 1, 6], 1)],
+            vec![
+                from_i64("zero", &[], &[0]),
+                list("first", &[0]),
+                list("rest", &[1, 6]),
+                constant("token", &[1, 1, 6], 1),
+            ],
             rows,
         ),
         (
             one(node("BatchNormalization", &["x", "g", "b", "m", "v"], "y")),
-            vec![constant("g", &[3], 1), constant("b", &[3], 2), constant("m", &[3], 3), from_f32("v", &[3], &[0.5, 1.0, 2.0])],
+            vec![
+                constant("g", &[3], 1),
+                constant("b", &[3], 2),
+                constant("m", &[3], 3),
+                from_f32("v", &[3], &[0.5, 1.0, 2.0]),
+            ],
             picture,
         ),
         (
@@ -185,13 +201,11 @@ fn gelu_is_candles_in_both_forms_and_dropout_is_nothing() {
         r#type: Some(3),
         ..Default::default()
     };
-    for (node, wanted) in
-        [
-            (node("Gelu", &["x"], "y"), x.gelu_erf()),
-            (node("Gelu", &["x"], "y").with(tanh), x.gelu()),
-            (node("Dropout", &["x"], "y"), Ok(x.clone())),
-        ]
-    {
+    for (node, wanted) in [
+        (node("Gelu", &["x"], "y"), x.gelu_erf()),
+        (node("Gelu", &["x"], "y").with(tanh), x.gelu()),
+        (node("Dropout", &["x"], "y"), Ok(x.clone())),
+    ] {
         let model = model(vec![node], vec![], ("x", &[4, 7]), &["y"]);
         let found = Net::float(&model).unwrap().forward(&x, Mode::Evaluate).unwrap();
         assert!(difference(&found, &wanted.unwrap()) < 1e-5);
@@ -204,7 +218,11 @@ fn what_can_not_be_trained_is_named() {
         (node("Elu", &["x"], "y"), vec![], &["Elu.y", "operator Elu can't be trained", "known: Add"]),
         (node("Softmax", &["x"], "y").with(int("axis", 1)), vec![], &["Softmax.y", "another dimension than the last"]),
         (node("MaxPool", &["x"], "y").with(ints("kernel_shape", &[9, 9])), vec![], &["MaxPool.y", "9"]),
-        (node("MaxPool", &["x"], "y").with(ints("kernel_shape", &[2])), vec![], &["MaxPool.y", "a kernel of 1 dimensions"]),
+        (
+            node("MaxPool", &["x"], "y").with(ints("kernel_shape", &[2])),
+            vec![],
+            &["MaxPool.y", "a kernel of 1 dimensions"],
+        ),
         (
             node("AveragePool", &["x"], "y").with(ints("kernel_shape", &[2, 2])).with(int("ceil_mode", 1)),
             vec![],

@@ -5,7 +5,12 @@ use candle_core::{D, Result, Tensor, Var};
 use nibble_models::qat::ops::{self, BatchStatistics, ConvShape, Pooling};
 
 /// Values and gradients of both forms over the same inputs.
-fn agree(name: &str, inputs: &[Tensor], ours: impl Fn(&[Tensor]) -> Result<Tensor>, theirs: impl Fn(&[Tensor]) -> Result<Tensor>) {
+fn agree(
+    name: &str,
+    inputs: &[Tensor],
+    ours: impl Fn(&[Tensor]) -> Result<Tensor>,
+    theirs: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
     let run = |f: &dyn Fn(&[Tensor]) -> Result<Tensor>| {
         let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
         let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
@@ -131,7 +136,12 @@ fn pooling_is_candles() {
     // candle's own pool gives the largest value a quarter of its gradient (0.11): here it is two reductions.
     let largest = |x: &[Tensor]| x[0].reshape((2, 3, 3, 2, 4, 2))?.max(5)?.max(3);
     agree("max", &[x.clone()], |x| ops::pool2d(&x[0], shape, Pooling::Max), largest);
-    agree("mean", &[x.clone()], |x| ops::pool2d(&x[0], shape, Pooling::Mean { padding: false }), |x| x[0].avg_pool2d(2));
+    agree(
+        "mean",
+        &[x.clone()],
+        |x| ops::pool2d(&x[0], shape, Pooling::Mean { padding: false }),
+        |x| x[0].avg_pool2d(2),
+    );
     // With zeros around the picture counted or not.
     let around = ConvShape { pads: [[1; 2]; 2], ..shape };
     let ones = x.ones_like().unwrap();

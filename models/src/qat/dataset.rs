@@ -45,7 +45,12 @@ impl Dataset {
     ///
     /// # Errors
     /// A file that can't be read, isn't what its name says, or holds samples of another shape; each by file and row.
-    pub fn open(path: &Path, input: &str, dims: Option<&[usize]>, pictures: Option<(Frame, Preprocess)>) -> Result<Self> {
+    pub fn open(
+        path: &Path,
+        input: &str,
+        dims: Option<&[usize]>,
+        pictures: Option<(Frame, Preprocess)>,
+    ) -> Result<Self> {
         let name = path.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
         let found = match name {
             _ if path.is_dir() => match pictures {
@@ -202,7 +207,8 @@ fn csv(path: &Path, packed: bool) -> Result<Dataset> {
 fn npz(path: &Path, input: &str) -> Result<Dataset> {
     let arrays = Tensor::read_npz(path).map_err(|e| damaged(path, e))?;
     let named = |name: &str| arrays.iter().find(|(n, _)| n == name).map(|(_, t)| t);
-    let x = named(input).or_else(|| named("x")).ok_or_else(|| damaged(path, format!("has no array `x` or `{input}`")))?;
+    let x =
+        named(input).or_else(|| named("x")).ok_or_else(|| damaged(path, format!("has no array `x` or `{input}`")))?;
     array(path, x, named("y").or_else(|| named("labels")))
 }
 

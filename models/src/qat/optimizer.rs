@@ -65,7 +65,8 @@ impl Optimizer {
         self.steps += 1;
         let Method::AdamW { decay } = self.method else {
             for group in &self.groups {
-                let mut plain = candle_nn::SGD::new(vec![group.var.clone()], rate * group.rate).map_err(candle(&group.name))?;
+                let mut plain =
+                    candle_nn::SGD::new(vec![group.var.clone()], rate * group.rate).map_err(candle(&group.name))?;
                 plain.step(grads).map_err(candle(&group.name))?;
             }
             return Ok(());

@@ -1,7 +1,7 @@
 //! What is quantized in a network in training: activations, weights and biases, each tied to the initializers of the
 //! exported model that hold its codes and scales.
 
-use super::ops::{Axis, FakeQuantize, fake_quantize, lend};
+use super::ops::{Axis, FakeQuantize, clamp, fake_quantize, lend};
 use crate::{ModelError, Result};
 use candle_core::{Device, Tensor, Var};
 use nibble_quant::Range;
@@ -47,6 +47,8 @@ pub struct ActivationQuantizer {
     pub scale: Var,
     /// The code of 0.
     pub zero: i32,
+    /// The Relu or Clip that is in the range: the exported graph has none, so that it is done here where nothing is rounded.
+    pub clip: Range,
     /// The range that scale and zero point are made of as long as they follow it.
     pub range: Range,
     /// Whether the range follows what is seen in training.
@@ -67,6 +69,7 @@ impl ActivationQuantizer {
             fixed: false,
             scale,
             zero: 0,
+            clip: Range { lo: f32::NEG_INFINITY, hi: f32::INFINITY },
             range: Range { lo: 0.0, hi: 0.0 },
             follows: false,
             learn: false,
@@ -83,6 +86,7 @@ impl ActivationQuantizer {
 
     /// Sets the range, and scale and zero point by it.
     pub fn set_range(&mut self, range: Range) -> Result<()> {
+        let range = Range { lo: range.lo.max(self.clip.lo), hi: range.hi.min(self.clip.hi) };
         let QParams { scale, zero_point } = self.grid.params(range);
         self.range = range;
         self.zero = zero_point;
@@ -114,12 +118,13 @@ impl ActivationQuantizer {
         let name = self.name.clone();
         match mode {
             Mode::Observe => {
-                let seen = lend(x, |x| {
+                let x = clamp(x, self.clip.lo, self.clip.hi).map_err(candle(&name))?;
+                let seen = lend(&x, |x| {
                     self.statistics.observe(x);
                     Ok(())
                 });
                 seen.map_err(candle(&name))?;
-                return Ok(x.clone());
+                return Ok(x);
             }
             Mode::Train if self.follows && !self.fixed => {
                 let mut seen = Statistics::new(false);

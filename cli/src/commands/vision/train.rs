@@ -61,7 +61,12 @@ pub struct Samples {
 
 impl Samples {
     /// Samples to train on, and those to judge by: of the shape that an input takes, if it is known.
-    pub fn open(&self, input: &str, dims: Option<&[usize]>, frame: Option<Frame>) -> Result<(Dataset, Option<Dataset>)> {
+    pub fn open(
+        &self,
+        input: &str,
+        dims: Option<&[usize]>,
+        frame: Option<Frame>,
+    ) -> Result<(Dataset, Option<Dataset>)> {
         let preprocess = preprocess(&self.preprocess)?;
         let open = |path: &Path| Dataset::open(path, input, dims, frame.map(|frame| (frame, preprocess)));
         let data = open(&self.data)?;
@@ -158,17 +163,25 @@ pub fn run(
     let steps = data.len().div_ceil(settings.batch) * settings.epochs;
     meter.begin(steps as u64, 0);
     let percent = |share: Option<f64>| share.map_or("-".into(), |s| format!("{:.2} %", 100.0 * s));
-    let epochs = train::train(net, teacher, (data, valid), settings, session.stop(), &mut |_, _| meter.add_thing(""), &mut |e| {
-        meter.remark(&format!(
-            "epoch {}/{}: loss {:.4}, right {}, of those held out {}, {:.2} s",
-            e.epoch,
-            settings.epochs,
-            e.loss,
-            percent(e.accuracy),
-            percent(e.valid),
-            e.seconds
-        ));
-    })?;
+    let epochs = train::train(
+        net,
+        teacher,
+        (data, valid),
+        settings,
+        session.stop(),
+        &mut |_, _| meter.add_thing(""),
+        &mut |e| {
+            meter.remark(&format!(
+                "epoch {}/{}: loss {:.4}, right {}, of those held out {}, {:.2} s",
+                e.epoch,
+                settings.epochs,
+                e.loss,
+                percent(e.accuracy),
+                percent(e.valid),
+                e.seconds
+            ));
+        },
+    )?;
     Ok(epochs)
 }
 

@@ -91,6 +91,9 @@ impl Net {
         for quantizer in &mut net.activations {
             quantizer.grid = activation;
             let root = plan.scales.get(&quantizer.name).unwrap_or(&quantizer.name);
+            if let Some(clip) = plan.clips.get(root) {
+                quantizer.clip = Range { lo: clip.lo, hi: clip.hi };
+            }
             if let Some(&range) = plan.fixed.get(root) {
                 quantizer.set_range(range)?;
                 quantizer.fixed = true;

@@ -94,7 +94,7 @@ fn scales(name: &str, values: &[f32]) -> TensorProto {
 }
 
 /// Zero points of weights and biases are 0, which is what they are where they are left out: of a small model they are a
-/// good part of the file.
+/// good part of the file. Those of a Gemm stay, as ONNX Runtime has no integer kernel for one without.
 fn slim(graph: &mut GraphProto) {
     let integers: HashSet<String> = graph
         .initializer
@@ -102,8 +102,10 @@ fn slim(graph: &mut GraphProto) {
         .filter(|t| matches!(t.data_type(), DataType::Int8 | DataType::Int32))
         .map(|t| t.name().to_owned())
         .collect();
+    let of_gemms: HashSet<String> =
+        graph.node.iter().filter(|n| n.is("Gemm")).flat_map(|n| n.input.iter().cloned()).collect();
     let mut gone: HashSet<String> = HashSet::new();
-    for node in graph.node.iter_mut().filter(|n| n.is("DequantizeLinear")) {
+    for node in graph.node.iter_mut().filter(|n| n.is("DequantizeLinear") && !of_gemms.contains(n.out())) {
         if integers.contains(node.arg(0)) && node.input.len() == 3 && integers.contains(node.arg(2)) {
             gone.extend(node.input.pop());
         }

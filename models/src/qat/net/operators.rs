@@ -64,7 +64,10 @@ pub static OPERATORS: &[Operator] = &[
     operator("GlobalAveragePool", |c| {
         let x = c.tensor(0)?;
         let (b, channels, h, w) = c.of(x.dims4())?;
-        let mean = x.reshape((b, channels, h * w)).and_then(|x| x.mean(D::Minus1)).and_then(|x| x.reshape((b, channels, 1, 1)));
+        let mean = x
+            .reshape((b, channels, h * w))
+            .and_then(|x| x.mean(D::Minus1))
+            .and_then(|x| x.reshape((b, channels, 1, 1)));
         float(c, mean)
     }),
     operator("HardSigmoid", |c| {
@@ -75,7 +78,9 @@ pub static OPERATORS: &[Operator] = &[
         let x = c.tensor(0)?;
         float(c, x.affine(1.0 / 6.0, 0.5).and_then(|x| ops::clamp(&x, 0.0, 1.0)).and_then(|gate| gate.mul(x)))
     }),
-    operator("Identity", |c| c.inputs.first().copied().flatten().cloned().ok_or_else(|| c.refuse("input 0 is missing"))),
+    operator("Identity", |c| {
+        c.inputs.first().copied().flatten().cloned().ok_or_else(|| c.refuse("input 0 is missing"))
+    }),
     operator("LayerNormalization", |c| {
         let x = c.tensor(0)?;
         if c.axis(c.node.int("axis", -1), x.rank())? + 1 != x.rank() {

@@ -56,7 +56,9 @@ impl<'a> Call<'a> {
     pub fn tensor(&self, slot: usize) -> Result<&'a Tensor> {
         match self.inputs.get(slot).copied().flatten() {
             Some(Value::Float(tensor)) => Ok(tensor),
-            Some(Value::Ints { .. }) => Err(self.refuse(format!("input {slot} holds whole numbers, floats were wanted"))),
+            Some(Value::Ints { .. }) => {
+                Err(self.refuse(format!("input {slot} holds whole numbers, floats were wanted")))
+            }
             None => Err(self.refuse(format!("input {slot} is missing"))),
         }
     }

@@ -79,9 +79,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: ConvSha
     }
     let y = match groups {
         1 => product(x, weight, shape)?,
-        _ if per_group == 1 && o == c => {
-            x.contiguous()?.apply_op2(&weight.contiguous()?, Depthwise { shape })?
-        }
+        _ if per_group == 1 && o == c => x.contiguous()?.apply_op2(&weight.contiguous()?, Depthwise { shape })?,
         _ => {
             let one = ConvShape { groups: 1, ..shape };
             let part = |g: usize| {
@@ -291,7 +289,11 @@ impl Depthwise {
         let mut out = vec![0f32; x.len()];
         let planes = out.par_chunks_mut((h * w).max(1)).zip(x.par_chunks((h * w).max(1)));
         let planes = planes.zip(grad.par_chunks((oh * ow).max(1))).enumerate();
-        let plane = |(from, grads, to): &mut (Vec<f32>, Vec<f32>, Vec<f32>), plane: usize, x: &[f32], g: &[f32], out: &mut [f32]| {
+        let plane = |(from, grads, to): &mut (Vec<f32>, Vec<f32>, Vec<f32>),
+                     plane: usize,
+                     x: &[f32],
+                     g: &[f32],
+                     out: &mut [f32]| {
             self.pad(x, w, &runs, from);
             grads.clear();
             grads.resize(runs.pixels.max(runs.places) + 2 * runs.reach, 0.0);

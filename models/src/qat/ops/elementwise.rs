@@ -84,9 +84,7 @@ impl SimdOp for ClipBack<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let (lo, hi, zero) = (s.splat(self.lo), s.splat(self.hi), s.splat(0.0));
-        map2(s, self.x, self.grad, self.out, |x, grad| {
-            s.select(s.lt(lo, x), s.select(s.lt(x, hi), grad, zero), zero)
-        });
+        map2(s, self.x, self.grad, self.out, |x, grad| s.select(s.lt(lo, x), s.select(s.lt(x, hi), grad, zero), zero));
     }
 }
 

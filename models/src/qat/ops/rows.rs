@@ -82,7 +82,8 @@ impl SimdOp for SumRows<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         for grad in self.grad.chunks(self.sums.len()) {
-            let ((grad, grad_tail), (sums, sums_tail)) = (grad.as_chunks::<LANES>(), self.sums.as_chunks_mut::<LANES>());
+            let ((grad, grad_tail), (sums, sums_tail)) =
+                (grad.as_chunks::<LANES>(), self.sums.as_chunks_mut::<LANES>());
             for (grad, sum) in grad.iter().zip(sums) {
                 s.store(s.add(s.load(sum), s.load(grad)), sum);
             }
