@@ -8,6 +8,7 @@ mod cuda;
 mod fetched;
 mod oracle;
 mod ptx;
+mod qat;
 mod real_weights;
 #[path = "../quant/tests/onnx/small.rs"]
 mod small;

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 /// Runs scripts/oracles/onnx_run.py; `None` where the oracles are missing.
-fn onnxruntime(words: &[&str]) -> Option<Value> {
+pub fn onnxruntime(words: &[&str]) -> Option<Value> {
     let mut python = oracle()?;
     let output = python.arg(repository().join("scripts/oracles/onnx_run.py")).args(words).output().unwrap();
     assert!(output.status.success(), "{words:?}\n{}", String::from_utf8_lossy(&output.stderr));
@@ -237,7 +237,7 @@ fn other_grids_load_in_onnxruntime() {
     let float = cnn();
     let data = samples(&float, 4, place.path());
     for (int, symmetric) in [(IntType::S8, false), (IntType::S8, true), (IntType::U16, false), (IntType::S16, true)] {
-        let settings = Settings { activation: IntGrid { int, symmetric }, ..Settings::default() };
+        let settings = Settings { activation: IntGrid { int, symmetric, unused: 0 }, ..Settings::default() };
         let quantized = quantize(&float, &settings, &data, "percentile:99.9", 1);
         if operators(&quantized, place.path()).is_none() {
             return;

@@ -15,6 +15,7 @@ pub mod generate;
 pub mod graph;
 pub mod hub;
 pub mod model;
+pub mod qat;
 pub mod sample;
 pub mod sensitivity;
 pub mod sidecars;

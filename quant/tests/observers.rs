@@ -350,7 +350,7 @@ fn params_are_those_of_onnx_runtime() {
     let cases: Vec<(IntType, bool, f32, f32, f32, i32)> =
         serde_json::from_str(include_str!("data/onnx_params.json")).unwrap();
     for (int, symmetric, lo, hi, scale, zero_point) in cases {
-        let params = IntGrid { int, symmetric }.params(Range { lo, hi });
+        let params = IntGrid { int, symmetric, unused: 0 }.params(Range { lo, hi });
         assert_eq!(params, QParams { scale, zero_point }, "{int:?}, symmetric {symmetric}, {lo}..{hi}");
     }
 }

@@ -11,6 +11,7 @@ mod download;
 mod interrupt;
 mod json;
 mod kill;
+mod qat;
 mod quality;
 #[path = "../../quant/tests/onnx/small.rs"]
 mod small;

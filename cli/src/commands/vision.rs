@@ -5,7 +5,9 @@ mod engine;
 mod eval;
 mod export;
 mod inspect;
+mod qat;
 mod quantize;
+mod train;
 
 use super::Run;
 use crate::session::Session;
@@ -30,6 +32,8 @@ enum What {
     Eval(eval::Eval),
     Export(export::Export),
     Data(data::Data),
+    Train(train::Train),
+    Qat(qat::Qat),
 }
 
 impl Run for Vision {
@@ -40,6 +44,8 @@ impl Run for Vision {
             What::Eval(eval) => eval.run(session),
             What::Export(export) => export.run(session),
             What::Data(data) => data.run(session),
+            What::Train(train) => train.run(session),
+            What::Qat(qat) => qat.run(session),
         }
     }
 }

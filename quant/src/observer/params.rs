@@ -20,13 +20,16 @@ pub enum IntType {
     S16,
 }
 
-/// An integer type and whether its zero point is fixed in the middle.
+/// An integer type, whether its zero point is fixed in the middle, and how much of it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct IntGrid {
     /// The element type.
     pub int: IntType,
     /// Zero point 0 (128 or 32768 for unsigned types), equal reach on both sides.
     pub symmetric: bool,
+    /// Bits of the type that stay unused: 4 for codes of 4 bits that are stored in 8.
+    #[serde(default)]
+    pub unused: u32,
 }
 
 /// `x = scale * (q - zero_point)`.
@@ -61,17 +64,23 @@ impl IntType {
 impl IntGrid {
     /// A grid with a zero point of its own.
     pub fn asymmetric(int: IntType) -> IntGrid {
-        IntGrid { int, symmetric: false }
+        IntGrid { int, symmetric: false, unused: 0 }
     }
 
     /// A grid with its zero in the middle.
     pub fn symmetric(int: IntType) -> IntGrid {
-        IntGrid { int, symmetric: true }
+        IntGrid { int, symmetric: true, unused: 0 }
+    }
+
+    /// The grid with codes of so many bits, at least 2, in the same type; the type's own bits at most.
+    pub fn with_bits(self, bits: u32) -> IntGrid {
+        IntGrid { unused: self.int.bits().saturating_sub(bits.max(2)), ..self }
     }
 
     /// Smallest and largest value in use: signed symmetric grids leave their lowest one out.
     pub fn limits(self) -> (i32, i32) {
-        match (self.int.limits(), self.symmetric) {
+        let (low, high) = self.int.limits();
+        match ((low >> self.unused, high >> self.unused), self.symmetric) {
             ((low, high), true) if low < 0 => (-high, high),
             (limits, _) => limits,
         }

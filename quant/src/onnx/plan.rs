@@ -285,8 +285,8 @@ impl Plan {
 fn check(settings: &Settings) -> Result<()> {
     let refuse = |what: &str, why: String| Err(crate::QuantError::Spec { what: what.into(), why });
     let grid = settings.activation;
-    if !matches!(settings.weights.bits, 7 | 8) {
-        return refuse("weight bits", format!("{} in use; 7 or 8 are possible", settings.weights.bits));
+    if !matches!(settings.weights.bits, 2..=8) {
+        return refuse("weight bits", format!("{} in use; 2 to 8 are possible", settings.weights.bits));
     }
     match settings.mode {
         Mode::WeightOnly { bits, .. } if bits != 4 && bits != 8 => {

@@ -61,6 +61,8 @@ struct Writer<'a> {
     params: BTreeMap<String, QParams>,
     /// For tensors in two terms, the dequantized second one.
     rests: BTreeMap<String, String>,
+    /// Names of the smallest and largest code in use, once written: where activations don't use all of their type.
+    code_limits: Option<[String; 2]>,
 }
 
 /// Quantizes a folded model as planned.
@@ -101,6 +103,7 @@ pub fn edits(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<(V
         foreign,
         params: BTreeMap::new(),
         rests: BTreeMap::new(),
+        code_limits: None,
     };
     match plan.settings.mode {
         Mode::Static => {

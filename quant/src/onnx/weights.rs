@@ -73,7 +73,7 @@ pub fn rows(tensor: &TensorProto, layout: Layout) -> Result<([usize; 2], Vec<f32
 pub struct Rounding {
     /// A scale for every output channel, or one a weight.
     pub per_channel: bool,
-    /// Bits in use of the 8 that are stored: 8, or 7 where sums of two products have 16 bits.
+    /// Bits in use of the 8 that are stored: 8, 7 where sums of two products have 16 bits, or down to 2.
     pub bits: u8,
     /// Name in [`crate::ALGORITHMS`].
     pub algorithm: &'static str,

@@ -187,7 +187,7 @@ impl Quantize {
         // TensorRT has one grid only.
         let activation = match target {
             Target::TensorRt => IntGrid::symmetric(IntType::S8),
-            Target::OnnxRuntime => IntGrid { int, symmetric: self.symmetric },
+            Target::OnnxRuntime => IntGrid { int, symmetric: self.symmetric, unused: 0 },
         };
         Ok(Settings {
             mode,

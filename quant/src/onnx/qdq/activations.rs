@@ -6,6 +6,7 @@ use crate::observer::{IntType, QParams};
 use crate::onnx::Edit;
 use crate::onnx::graph::label;
 use crate::onnx::plan::{Decision, Kind};
+use crate::onnx::proto::NodeProto;
 use crate::onnx::tensor::{floats, from_f32, from_u8};
 use crate::{QuantError, Range};
 use std::collections::{BTreeMap, BTreeSet};
@@ -104,15 +105,38 @@ impl Writer<'_> {
             &[&source, scale, zero],
             &codes,
         );
+        self.add(quantize);
+        let codes = self.limited(tensor, codes);
         let dequantize = self.activation_node(
             "DequantizeLinear",
             &format!("{tensor}_DequantizeLinear"),
             &[&codes, scale, zero],
             &output,
         );
-        self.add(quantize);
         self.add(dequantize);
         output
+    }
+
+    /// Codes of fewer bits than their type has: a QuantizeLinear knows the type's ends only, so that a Clip over integers
+    /// follows it. What is before it still becomes one integer kernel.
+    fn limited(&mut self, tensor: &str, codes: String) -> String {
+        let grid = self.grid();
+        if grid.unused == 0 {
+            return codes;
+        }
+        let (low, high) = grid.limits();
+        let ends = match self.code_limits.clone() {
+            Some(ends) => ends,
+            None => [("lowest_code", low), ("highest_code", high)].map(|(wanted, value)| {
+                let name = self.name(wanted);
+                let bound = self.zero_point(&name, value);
+                self.initializer(bound)
+            }),
+        };
+        self.code_limits = Some(ends.clone());
+        let limited = self.name(&format!("{tensor}_Clip_Output"));
+        self.add(NodeProto::new("Clip", &format!("{tensor}_Clip"), &[&codes, &ends[0], &ends[1]], &[&limited]));
+        limited
     }
 
     /// Readers of a tensor read its dequantized form: all of them if it is made in integers, else those in integers.

@@ -1,0 +1,234 @@
+//! An ONNX graph as a network in training: its float initializers are parameters, its nodes are candle's operators.
+//!
+//! ```text
+//! float graph                 Conv, Relu, ...                      parameters as they are; batch norms in training
+//! quantized graph (qdq)       QuantizeLinear -> DequantizeLinear   fake quantization of activations
+//!                             DequantizeLinear of int8, int32      fake quantization of a float weight, bias
+//! ```
+//! The quantized graph is the one that [`nibble_quant::onnx::qdq`] writes: what is trained has exactly the structure of
+//! what is exported, and export only fills in codes and scales.
+
+mod build;
+mod export;
+mod operators;
+mod value;
+
+pub use build::QatSettings;
+pub use operators::{OPERATORS, Operator};
+pub use value::{Call, Value};
+
+use super::ops::{self, BatchStatistics};
+use super::quantizer::{ActivationQuantizer, BiasQuantizer, Mode, WeightQuantizer};
+use crate::{ModelError, Result};
+use candle_core::{Tensor, Var};
+use nibble_quant::observer::Choice;
+use nibble_quant::onnx::Model;
+use nibble_quant::onnx::proto::NodeProto;
+use std::collections::{BTreeMap, HashMap};
+
+/// Share of a batch's statistics in the running ones of a batch norm.
+const MOMENTUM: f32 = 0.1;
+
+/// One thing to compute.
+enum Step {
+    /// A node, by position in the model's graph.
+    Node { id: usize, operator: &'static Operator },
+    /// GELU written out: its input, its output.
+    Gelu { input: String, output: String },
+    /// A pair of QuantizeLinear and DequantizeLinear.
+    Quantize { quantizer: usize, input: String, output: String },
+    /// A batch norm with running statistics.
+    BatchNorm { id: usize, state: usize },
+}
+
+/// Running statistics of a batch norm, and the initializers that hold them.
+pub struct NormState {
+    /// Means and variances, by name of the initializer.
+    pub initializers: [String; 2],
+    /// What they are now.
+    pub running: BatchStatistics,
+}
+
+/// A network.
+pub struct Net {
+    model: Model,
+    steps: Vec<Step>,
+    /// For each step, tensors that nothing reads after it.
+    finished: Vec<Vec<String>>,
+    constants: HashMap<String, Value>,
+    parameters: BTreeMap<String, Var>,
+    activations: Vec<ActivationQuantizer>,
+    weights: Vec<WeightQuantizer>,
+    biases: Vec<BiasQuantizer>,
+    norms: Vec<NormState>,
+    input: String,
+    output: String,
+}
+
+impl Net {
+    /// Float parameters, by initializer.
+    pub fn parameters(&self) -> &BTreeMap<String, Var> {
+        &self.parameters
+    }
+
+    /// Quantizers of activations.
+    pub fn activations(&self) -> &[ActivationQuantizer] {
+        &self.activations
+    }
+
+    /// Quantizers of weights.
+    pub fn weights(&self) -> &[WeightQuantizer] {
+        &self.weights
+    }
+
+    /// Running statistics of batch norms.
+    pub fn norms(&self) -> &[NormState] {
+        &self.norms
+    }
+
+    /// The name of the input.
+    pub fn input(&self) -> &str {
+        &self.input
+    }
+
+    pub(super) fn state_mut(&mut self) -> (&mut [ActivationQuantizer], &mut [WeightQuantizer], &mut [NormState]) {
+        (&mut self.activations, &mut self.weights, &mut self.norms)
+    }
+
+    /// Whether anything is quantized.
+    pub fn is_quantized(&self) -> bool {
+        !(self.activations.is_empty() && self.weights.is_empty())
+    }
+
+    /// Lets ranges of activations follow what they see in training, or freezes them.
+    pub fn follow(&mut self, follows: bool) {
+        self.activations.iter_mut().for_each(|a| a.follows = follows && !a.learn);
+    }
+
+    /// Reads ranges off what was seen in [`Mode::Observe`].
+    ///
+    /// # Errors
+    /// Nothing was seen of a tensor, or values that aren't finite.
+    pub fn conclude(&mut self, observer: Choice) -> Result<()> {
+        self.activations.iter_mut().filter(|a| !a.fixed).try_for_each(|a| a.conclude(observer))
+    }
+
+    /// Keeps learned scales above nothing: after each step of an optimizer.
+    ///
+    /// # Errors
+    /// What candle refuses.
+    pub fn restrain(&mut self) -> Result<()> {
+        self.activations.iter_mut().try_for_each(ActivationQuantizer::restrain)
+    }
+
+    /// The first output for a batch.
+    ///
+    /// # Errors
+    /// An operator that refuses its inputs, by node.
+    pub fn forward(&mut self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut values = self.run(x, mode, &mut |_, _| {})?;
+        match values.remove(&self.output) {
+            Some(Value::Float(y)) => Ok(y),
+            _ => Err(ModelError::Graph { what: self.output.clone(), why: "isn't a tensor of floats".into() }),
+        }
+    }
+
+    /// Dimensions of every tensor, by their number.
+    ///
+    /// # Errors
+    /// As [`Net::forward`].
+    pub fn ranks(&mut self, x: &Tensor) -> Result<BTreeMap<String, usize>> {
+        let mut ranks = BTreeMap::from([(self.input.clone(), x.rank())]);
+        self.run(x, Mode::Evaluate, &mut |name, value| {
+            if let Value::Float(tensor) = value {
+                ranks.insert(name.to_owned(), tensor.rank());
+            }
+        })?;
+        Ok(ranks)
+    }
+
+    fn run(&mut self, x: &Tensor, mode: Mode, seen: &mut dyn FnMut(&str, &Value)) -> Result<HashMap<String, Value>> {
+        let mut values: HashMap<String, Value> = HashMap::with_capacity(2 * self.steps.len());
+        values.insert(self.input.clone(), x.clone().into());
+        for (name, var) in &self.parameters {
+            values.insert(name.clone(), var.as_tensor().clone().into());
+        }
+        self.quantize_parameters(&mut values, mode)?;
+        for at in 0..self.steps.len() {
+            let (name, value) = self.step(at, &values, mode)?;
+            seen(&name, &value);
+            values.insert(name, value);
+            for name in &self.finished[at] {
+                values.remove(name);
+            }
+        }
+        Ok(values)
+    }
+
+    fn quantize_parameters(&mut self, values: &mut HashMap<String, Value>, mode: Mode) -> Result<()> {
+        let missing = |name: &str| ModelError::Graph { what: name.into(), why: "isn't a parameter".into() };
+        let parameters = &self.parameters;
+        let of = |name: &str| parameters.get(name).map(Var::as_tensor).ok_or_else(|| missing(name));
+        for weight in &mut self.weights {
+            let float = of(&weight.parameter)?;
+            let bias = match &weight.bias {
+                Some((bias, input)) => Some((of(bias)?, self.activations[*input].params()?.scale)),
+                None => None,
+            };
+            weight.settle(float, bias)?;
+            values.insert(weight.output.clone(), weight.pass(float, mode)?.into());
+        }
+        for bias in &self.biases {
+            let [input, weight] = bias.layer;
+            let float = of(&bias.parameter)?;
+            let quantized = bias.pass(float, &self.activations[input], &self.weights[weight], mode)?;
+            values.insert(bias.output.clone(), quantized.into());
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, at: usize, values: &HashMap<String, Value>, mode: Mode) -> Result<(String, Value)> {
+        let constants = &self.constants;
+        let value = |name: &str| values.get(name).or_else(|| constants.get(name));
+        let float = |name: &str| match value(name) {
+            Some(Value::Float(x)) => Ok(x),
+            _ => Err(ModelError::Graph { what: name.into(), why: "isn't a tensor of floats".into() }),
+        };
+        let call = |id: usize| {
+            let node: &NodeProto = &self.model.graph().node[id];
+            Call { node, inputs: node.input.iter().map(|name| value(name)).collect() }
+        };
+        match &self.steps[at] {
+            Step::Node { id, operator } => {
+                let call = call(*id);
+                Ok((call.node.out().to_owned(), (operator.run)(&call)?))
+            }
+            Step::Gelu { input, output } => {
+                let y = ops::gelu(float(input)?);
+                let y = y.map_err(|e| ModelError::Graph { what: output.clone(), why: e.to_string() })?;
+                Ok((output.clone(), y.into()))
+            }
+            Step::Quantize { quantizer, input, output } => {
+                let x = float(input)?;
+                Ok((output.clone(), self.activations[*quantizer].pass(x, mode)?.into()))
+            }
+            Step::BatchNorm { id, state } => {
+                let call = call(*id);
+                let (x, gain, offset) = (call.tensor(0)?, call.tensor(1)?, call.tensor(2)?);
+                let epsilon = call.node.float("epsilon", 1e-5);
+                let state = &mut self.norms[*state];
+                let given = (mode != Mode::Train).then(|| state.running.clone());
+                let (y, seen) = call.of(ops::batch_norm(x, gain, offset, given, epsilon))?;
+                if mode == Mode::Train {
+                    let moved = |old: &mut f32, new: f32| *old += MOMENTUM * (new - *old);
+                    // What is kept is the unbiased variance, as PyTorch has it.
+                    let unbiased = seen.count as f32 / seen.count.saturating_sub(1).max(1) as f32;
+                    state.running.means.iter_mut().zip(&seen.means).for_each(|(old, &new)| moved(old, new));
+                    let variances = state.running.variances.iter_mut().zip(&seen.variances);
+                    variances.for_each(|(old, &new)| moved(old, new * unbiased));
+                }
+                Ok((call.node.out().to_owned(), y.into()))
+            }
+        }
+    }
+}
