@@ -33,9 +33,14 @@ fn softmax_gelu_clips_and_norms_are_candles() {
     for dims in [vec![3, 5], vec![2, 3, 16], vec![2, 33]] {
         let x = drawn(1, &dims).affine(4.0, 0.5).unwrap();
         let n = *dims.last().unwrap();
-        agree("softmax", &[x.clone()], |x| ops::softmax(&x[0]), |x| candle_nn::ops::softmax(&x[0], D::Minus1));
-        agree("gelu", &[x.clone()], |x| ops::gelu(&x[0]), |x| x[0].gelu_erf());
-        agree("relu", &[x.clone()], |x| ops::clamp(&x[0], 0.0, f32::INFINITY), |x| x[0].relu());
+        agree(
+            "softmax",
+            std::slice::from_ref(&x),
+            |x| ops::softmax(&x[0]),
+            |x| candle_nn::ops::softmax(&x[0], D::Minus1),
+        );
+        agree("gelu", std::slice::from_ref(&x), |x| ops::gelu(&x[0]), |x| x[0].gelu_erf());
+        agree("relu", std::slice::from_ref(&x), |x| ops::clamp(&x[0], 0.0, f32::INFINITY), |x| x[0].relu());
         agree("add rows", &[x.clone(), drawn(2, &[n])], |x| ops::add_rows(&x[0], &x[1]), |x| x[0].broadcast_add(&x[1]));
         agree(
             "layer norm",
@@ -135,10 +140,10 @@ fn pooling_is_candles() {
     let shape = ConvShape { kernel: [2; 2], strides: [2; 2], pads: [[0; 2]; 2], dilations: [1; 2], groups: 1 };
     // candle's own pool gives the largest value a quarter of its gradient (0.11): here it is two reductions.
     let largest = |x: &[Tensor]| x[0].reshape((2, 3, 3, 2, 4, 2))?.max(5)?.max(3);
-    agree("max", &[x.clone()], |x| ops::pool2d(&x[0], shape, Pooling::Max), largest);
+    agree("max", std::slice::from_ref(&x), |x| ops::pool2d(&x[0], shape, Pooling::Max), largest);
     agree(
         "mean",
-        &[x.clone()],
+        std::slice::from_ref(&x),
         |x| ops::pool2d(&x[0], shape, Pooling::Mean { padding: false }),
         |x| x[0].avg_pool2d(2),
     );

@@ -393,7 +393,7 @@ fn pack_codes(n: usize, k: usize, levels: &Levels, codes: &[u8]) -> Result<Buffe
             let lines = panel.as_chunks_mut().0;
             for (lane, row) in rows.chunks(k).enumerate() {
                 if !nibbles {
-                    pack_row(lines, lane, row, |four| u32::from_le_bytes(four));
+                    pack_row(lines, lane, row, u32::from_le_bytes);
                     continue;
                 }
                 if row.iter().fold(0, |most, code| most.max(*code)) > 15 {

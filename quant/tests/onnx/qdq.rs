@@ -401,6 +401,9 @@ fn seven_bits_of_weights_never_saturate_sums_of_two_products() {
         assert_eq!(codes.iter().map(|c| c.abs()).max(), Some(63), "{name}");
         assert!(2 * 255 * 63 <= i64::from(i16::MAX));
     }
-    settings.weights.bits = 6;
-    assert!(plan_error(&float, &settings).contains("6 in use; 7 or 8"));
+    for bits in [1, 9] {
+        settings.weights.bits = bits;
+        let error = plan_error(&float, &settings);
+        assert!(error.contains(&format!("{bits} in use; 2 to 8")), "{error}");
+    }
 }
