@@ -27,7 +27,7 @@ pub(super) fn quantize(input: &AlgoInput) -> Result<QTensor> {
     }
 }
 
-/// The same, and then [`descent`](super::descent).
+/// The same, and then [`descent`].
 pub(super) fn quantize_and_descend(input: &AlgoInput) -> Result<QTensor> {
     let tensor = rows::quantize(input, Method::Search)?;
     let Some((calibrated, feedback)) = factor(input) else { return Ok(tensor) };
