@@ -63,10 +63,13 @@ fn both_architectures_learn_and_the_same_seed_gives_the_same_bits() {
     for architecture in ARCHITECTURES {
         let model = build(architecture.name, [1, 8, 8], 4, 3).unwrap();
         let mut nets = [Net::float(&model).unwrap(), Net::float(&model).unwrap()];
-        let epochs = nets.each_mut().map(|net| run(net, None, &data, &settings(8)));
-        assert!(epochs[0][7].loss < 0.7 * epochs[0][0].loss, "{}: {:?}", architecture.name, epochs[0]);
+        // Many small steps: a transformer stands still for the first few dozen.
+        let how = TrainSettings { batch: 4, rate: 1e-3, ..settings(32) };
+        let epochs = nets.each_mut().map(|net| run(net, None, &data, &how));
+        assert!(epochs[0][31].loss < 0.7 * epochs[0][0].loss, "{}: {:?}", architecture.name, epochs[0]);
         assert_eq!(learned(&nets[0]), learned(&nets[1]), "{}", architecture.name);
-        assert!(score(&mut nets[0], &data, None).unwrap().unwrap().share() > 0.7, "{}", architecture.name);
+        let share = score(&mut nets[0], &data, None).unwrap().unwrap().share();
+        assert!(share > 0.7, "{}: {share}, {:?}", architecture.name, epochs[0]);
         let other = TrainSettings { seed: 6, ..settings(4) };
         run(&mut nets[1], None, &data, &other);
         assert_ne!(learned(&nets[0]), learned(&nets[1]));
