@@ -36,13 +36,13 @@ both() {
     [ -f "$WORK/$1-f16.gguf" ] || python3 "$REPO/scripts/peers/to_gguf.py" "$WORK/$1" "$WORK/$1-f16.gguf" "$GGUF" >&2
     llama Q4_0 "$1"
     llama Q8_0 "$1"
-    [ -d "$WORK/$1-int4" ] || "$NIBBLE" quantize "$WORK/$1" -o "$WORK/$1-int4"
-    [ -d "$WORK/$1-int8" ] || "$NIBBLE" quantize "$WORK/$1" -o "$WORK/$1-int8" --scheme int8-g32
+    [ -d "$WORK/$1-int4" ] || "$NIBBLE" quantize "$WORK/$1" -o "$WORK/$1-int4" >&2
+    [ -d "$WORK/$1-int8" ] || "$NIBBLE" quantize "$WORK/$1" -o "$WORK/$1-int8" --scheme int8-g32 >&2
 }
 
-[ -d "$WORK/smollm2" ] || "$NIBBLE" import "$GGUF" -o "$WORK/smollm2"
+[ -d "$WORK/smollm2" ] || "$NIBBLE" import "$GGUF" -o "$WORK/smollm2" >&2
 if [ ! -d "$WORK/1b" ]; then
-    "$NIBBLE" synth --like llama-1b -o "$WORK/1b.new"
+    "$NIBBLE" synth --like llama-1b -o "$WORK/1b.new" >&2
     cp "$WORK"/smollm2/tokenizer*.json "$WORK/1b.new"
     mv "$WORK/1b.new" "$WORK/1b"
 fi
