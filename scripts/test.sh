@@ -11,6 +11,8 @@
 cd "$REPO"
 
 TEST_ASSETS="smollm2 minilm texts"
+# ONNX Runtime as a second engine for graphs; the oracles' wheel has its library.
+FEATURES="nibble/ort,nibble-tests/ort"
 
 need_cargo
 export NIBBLE_MISSING="$CACHE/missing.log"
@@ -24,11 +26,11 @@ say "oracles"
 install_oracles || warn "the Python oracles are missing: the tests that need them will be counted, not run"
 
 if cargo nextest --version >/dev/null 2>&1; then
-    run() { cargo nextest run --workspace "$@"; }
+    run() { cargo nextest run --workspace --features "$FEATURES" "$@"; }
     kernel_laws() { run -E 'package(nibble-kernels)'; }
 else
     note "cargo-nextest is not installed: using cargo test (the same tests, one process a test file)"
-    run() { cargo test --workspace --lib --bins --tests --no-fail-fast "$@"; }
+    run() { cargo test --workspace --lib --bins --tests --no-fail-fast --features "$FEATURES" "$@"; }
     kernel_laws() { cargo test --package nibble-kernels --lib --tests --no-fail-fast; }
 fi
 
@@ -42,7 +44,7 @@ case $status in
 esac
 
 say "doctests"
-cargo test --workspace --doc
+cargo test --workspace --doc --features "$FEATURES"
 
 say "all tests, on the widest instruction set of this machine"
 run "$@"

@@ -9,14 +9,16 @@
 //! The rules are those of ONNX Runtime's CPU provider, read in its optimized graphs: a Conv becomes one integer kernel
 //! only if its output is quantized, a linear layer needs none; a Relu or Clip is the range of what is before it.
 
+mod fine;
 mod kinds;
 mod units;
 
+pub use fine::Fine;
 pub use kinds::{Clip, Kind};
 
 use super::fold::Folded;
 use super::graph::label;
-use super::groups::{Group, GroupKind, groups};
+use super::groups::{Group, groups};
 use super::select::{self, Selector};
 use super::weights::Rounding;
 use super::{Graph, Model};
@@ -82,20 +84,8 @@ pub struct Settings {
     pub attention: bool,
     /// Convolutions where they are known to become slower.
     pub force_conv: bool,
-    /// Linear layers whose activations are quantized in two terms.
-    pub fine: Fine,
-}
-
-/// Which linear layers have activations in two terms: `x` in integers, and what that leaves of `x` in integers of a
-/// 255th of the step. It costs a second product and spares nearly all of the error of activations.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Fine {
-    /// Those that read what a GELU makes: its values have one long side, and no weights before it that could take up
-    /// factors.
-    #[default]
-    Gelu,
-    /// Those that patterns name; none without patterns.
-    Named(Vec<Selector>),
+    /// Linear layers whose activations are quantized in two terms; those that any of them means.
+    pub fine: Vec<Fine>,
 }
 
 impl Default for Settings {
@@ -109,7 +99,7 @@ impl Default for Settings {
             exclude: Vec::new(),
             attention: false,
             force_conv: false,
-            fine: Fine::Gelu,
+            fine: vec![Fine::Gelu],
         }
     }
 }
@@ -189,7 +179,7 @@ pub fn plan(model: &Model, settings: &Settings, folded: &Folded) -> Result<Plan>
         member.extend(group.nodes.iter().map(|&id| (id, group.kind.name())));
     }
     let units = units::resolve(&graph, candidates, settings)?;
-    let fine = fine(&graph, settings, folded, &groups, &units.decisions)?;
+    let fine = fine::layers(&graph, settings, folded, &groups, &units.decisions)?;
     let nodes = graph
         .nodes()
         .zip(units.decisions)
@@ -213,58 +203,11 @@ pub fn plan(model: &Model, settings: &Settings, folded: &Folded) -> Result<Plan>
     })
 }
 
-/// The quantized products by a matrix that [`Fine`] means.
-fn fine(
-    graph: &Graph,
-    settings: &Settings,
-    folded: &Folded,
-    groups: &[Group],
-    decisions: &[Decision],
-) -> Result<BTreeSet<usize>> {
-    let named = match &settings.fine {
-        Fine::Gelu => None,
-        Fine::Named(patterns) => Some(select::all(patterns, graph, folded)?),
-    };
-    if settings.mode != Mode::Static || settings.target != Target::OnnxRuntime || settings.activation.int.bits() != 8 {
-        return Ok(BTreeSet::new());
-    }
-    let gelus: BTreeSet<&str> =
-        groups.iter().filter(|g| g.kind == GroupKind::Gelu).map(|g| g.output.as_str()).collect();
-    // Equalization may have put a product by a constant behind the GELU.
-    let of_gelu = |name: &str| {
-        let factor = graph.producer(name).map(|id| graph.node(id)).filter(|n| n.is("Mul"));
-        gelus.contains(name)
-            || factor.is_some_and(|n| {
-                (0..2).any(|slot| gelus.contains(n.arg(slot)) && graph.constant(n.arg(1 - slot)).is_some())
-            })
-    };
-    let chosen = graph.nodes().zip(decisions).filter(|((id, node), decision)| {
-        let product = node.is("MatMul") && matches!(decision, Decision::Quantized(Kind::Linear { .. }));
-        product
-            && match &named {
-                Some(named) => named.contains(id),
-                None => of_gelu(node.arg(0)),
-            }
-    });
-    Ok(chosen.map(|((id, _), _)| id).collect())
-}
-
 impl Plan {
     /// Tensors whose values have to be observed.
     pub fn observed(&self) -> Vec<String> {
         let roots: BTreeSet<&String> = self.scales.values().filter(|root| !self.fixed.contains_key(*root)).collect();
         roots.into_iter().cloned().collect()
-    }
-
-    /// Tensors that only layers with [`Fine`] activations read in integers.
-    pub fn fine_tensors(&self, graph: &Graph) -> BTreeSet<String> {
-        let reads = |fine: bool| -> BTreeSet<String> {
-            let readers = graph.nodes().filter(|(id, _)| self.kind(*id).is_some() && self.fine.contains(id) == fine);
-            let slots = |(id, node)| self.kind(id).map(|k| k.data_slots(node).map(|s| node.arg(s).to_owned()));
-            readers.filter_map(slots).flatten().collect()
-        };
-        let others = reads(false);
-        reads(true).into_iter().filter(|name| !others.contains(name)).collect()
     }
 
     /// The kind of a node that is quantized.

@@ -2,12 +2,12 @@
 
 use crate::interpreter::ops;
 use crate::small::{constant, model, node, numbers};
+use nibble_quant::Range;
 use nibble_quant::observer::{IntGrid, IntType};
 use nibble_quant::onnx::proto::*;
 use nibble_quant::onnx::report::report;
 use nibble_quant::onnx::tensor::{floats, from_f32, ints};
 use nibble_quant::onnx::{Calibration, Fine, Folded, Graph, Mode, Model, Packing, Plan, Settings, plan, qdq};
-use nibble_quant::{Range, onnx::Selector};
 
 const K: usize = 40;
 
@@ -39,15 +39,21 @@ fn tensor<'a>(model: &'a Model, name: &str) -> &'a TensorProto {
     model.graph().initializer.iter().find(|t| t.name() == name).unwrap_or_else(|| panic!("no initializer {name}"))
 }
 
-fn named(patterns: &[&str]) -> Fine {
-    Fine::Named(patterns.iter().map(|p| p.parse::<Selector>().unwrap()).collect())
+fn fine(words: &[&str]) -> Vec<Fine> {
+    words.iter().map(|w| w.parse().unwrap()).collect()
 }
 
 #[test]
 fn activations_after_a_gelu_have_two_terms_and_others_where_they_are_named() {
-    for (fine, layers) in
-        [(Fine::Gelu, &["g"][..]), (named(&["MatMul.p1"]), &["x"]), (named(&["*"]), &["g", "x"]), (named(&[]), &[])]
-    {
+    for (words, layers) in [
+        (&["gelu"][..], &["g"][..]),
+        (&["MatMul.p1"], &["x"]),
+        (&["mlp"], &["g", "x"]),
+        (&["all"], &["g", "x"]),
+        (&["gelu", "MatMul.p1"], &["g", "x"]),
+        (&[], &[]),
+    ] {
+        let fine = fine(words);
         let settings = Settings { fine: fine.clone(), ..Settings::default() };
         let plan = planned(&settings);
         let float = mlp();
@@ -69,11 +75,26 @@ fn activations_after_a_gelu_have_two_terms_and_others_where_they_are_named() {
 }
 
 #[test]
+fn words_mean_the_layers_around_a_gelu() {
+    let mut nodes = mlp().graph().node.clone();
+    nodes.insert(0, node("MatMul", &["a", "w0"], "x"));
+    nodes.push(node("MatMul", &["y", "w3"], "z"));
+    let mut constants = mlp().graph().initializer.clone();
+    constants.extend([constant("w0", &[K, K], 5), constant("w3", &[4, 4], 6)]);
+    let model = model(nodes, constants, ("a", &[1, 3, K as i64]), &["z"]);
+    let graph = Graph::new(model.graph()).unwrap();
+    for (word, layers) in [("gelu", &["g"][..]), ("mlp", &["g", "x"]), ("all", &["a", "g", "x", "y"])] {
+        let plan = plan_of(&model, &Settings { fine: fine(&[word]), ..Settings::default() });
+        assert_eq!(plan.fine_tensors(&graph).into_iter().collect::<Vec<_>>(), layers, "{word}");
+    }
+}
+
+#[test]
 fn a_second_term_is_for_8_bits_in_static_mode_only() {
     let wide = Settings { activation: IntGrid::asymmetric(IntType::U16), ..Settings::default() };
     assert!(planned(&wide).fine.is_empty());
     assert!(planned(&Settings { mode: Mode::Dynamic, ..Settings::default() }).fine.is_empty());
-    let unknown = Settings { fine: named(&["MatMul.p9"]), ..Settings::default() };
+    let unknown = Settings { fine: fine(&["MatMul.p9"]), ..Settings::default() };
     let error = plan(&mlp(), &unknown, &Folded::default()).unwrap_err().to_string();
     assert!(error.contains("pattern `MatMul.p9`: fits no node"), "{error}");
     // A matrix times a matrix becomes one Gemm, which has no place for it.
@@ -145,7 +166,7 @@ fn biases_take_up_what_rounding_takes_from_the_mean_at_run_time_too() {
 #[test]
 fn a_report_has_every_scale_and_what_rounding_took() {
     let float = mlp();
-    let plan = planned(&Settings { fine: named(&[]), ..Settings::default() });
+    let plan = planned(&Settings { fine: fine(&[]), ..Settings::default() });
     let quantized = qdq::quantize(&float, &plan, &seen(&plan)).unwrap();
     let report = report(&float, &quantized).unwrap();
     let names: Vec<&str> = report.activations.iter().map(|r| r.tensor.as_str()).collect();

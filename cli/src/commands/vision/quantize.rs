@@ -86,10 +86,10 @@ pub struct Quantize {
     /// Quantize convolutions even where they become slower
     #[arg(long)]
     force_conv: bool,
-    /// Take activations of these linear layers in two terms: a second product, and hardly any error of activations (may be
-    /// repeated) [default: those that read what a GELU makes]
-    #[arg(long, value_name = "PATTERN", conflicts_with = "no_fine")]
-    fine: Vec<Selector>,
+    /// Take activations of these linear layers in two terms, a second product and hardly any error of activations: gelu (those
+    /// that read what a GELU makes), mlp (those before GELUs too), all, or a pattern (may be repeated) [default: gelu]
+    #[arg(long, value_name = "WHICH", conflicts_with = "no_fine")]
+    fine: Vec<Fine>,
     /// Take activations of all layers in one term
     #[arg(long)]
     no_fine: bool,
@@ -203,8 +203,8 @@ impl Quantize {
             attention: self.attention,
             force_conv: self.force_conv,
             fine: match (self.no_fine, self.fine.as_slice()) {
-                (false, []) => Fine::Gelu,
-                (_, patterns) => Fine::Named(patterns.to_vec()),
+                (false, []) => vec![Fine::Gelu],
+                (_, named) => named.to_vec(),
             },
         })
     }
