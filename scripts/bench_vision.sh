@@ -4,6 +4,7 @@
 # it took (benches/VISION.md).
 #
 #   scripts/bench_vision.sh [lite0|vit|minilm]...
+#   scripts/bench_vision.sh cost        what making one takes, with few samples and with many
 #
 # NIBBLE is the program (default: the release build), ROUNDS the latency rounds (default 60), QUICK=1 takes fewer samples
 # to judge by and leaves out all variants but GPTQ and scales found at run time.
@@ -61,10 +62,40 @@ variants() {
     quantize "nibble" "$@"
     quantize "nibble, gptq" "$@" --algorithm gptq
     [ "$kind" = cnn ] || quantize "nibble, dynamic" "$@" --mode dynamic
+    [ "$kind" = cnn ] || quantize "nibble, two terms in both layers of MLPs, gptq" "$@" --fine mlp --algorithm gptq
     [ -z "${QUICK:-}" ] || return 0
     [ "$kind" = encoder ] || quantize "nibble, percentile 99.999" "$@" --observer percentile:99.999
     [ "$kind" = cnn ] || quantize "nibble, one term, no headroom" "$@" --no-fine --headroom 1
     quantize "nibble, ranges alone" "$@" --no-fine --headroom 1 --no-equalize --no-bias-correction
+}
+
+# float NAME: the float model of that name.
+float() {
+    case "$1" in
+    lite0) "$NIBBLE" vision export "$CACHE/assets/efficientnet/efficientnet-lite0-57934424.pth" --force -o "$WORK/lite0.onnx" >&2 ;;
+    # The encoder without the decoder that this file has behind it.
+    vit) python3 "$TABLE" cut "$CACHE/assets/vit/vit_s_focus.onnx" /backbone/layernorm/Add_1_output_0 "$WORK/vit.onnx" ;;
+    esac
+}
+
+# cost NAME KIND PREPROCESS CROPS: seconds and megabytes of each way to quantize a model with samples of 8 photographs, as
+# they are and four times and sixteen times as many.
+cost() {
+    local times samples
+    float "$1"
+    for times in 1 4 16; do
+        pictures "$1" "$3" "$(($4 * times))" 1
+        samples="$((8 * $4 * times))"
+        printf '\n%s, %s samples\n\n| model | s to make | peak MB |\n|---|---:|---:|\n' "$1" "$samples"
+        for observer in minmax percentile:99.999; do
+            "$NIBBLE" vision quantize "$WORK/$1.onnx" --force -o "$WORK/$1-cost.onnx" --calib "$WORK/$1-calib.npy" --batch 1 --json \
+                --observer "$observer" | python3 -c 'import json, sys
+r = json.load(sys.stdin)
+print("| nibble, {} | {:.1f} | {:.0f} |".format(sys.argv[1], r["seconds"], r["peak_rss_bytes"] / 1e6))' "$observer"
+        done
+        # Theirs grows by the sample, past what a machine has.
+        [ "$times" -gt 1 ] || python3 "$TABLE" cost "$2" "$WORK/$1.onnx" "$WORK/$1-calib.npy" "$WORK/peers-$1"
+    done
 }
 
 for model in ${*:-lite0 vit minilm}; do
@@ -73,14 +104,13 @@ for model in ${*:-lite0 vit minilm}; do
     calib="$WORK/$model-calib.npy"
     case "$model" in
     lite0)
-        "$NIBBLE" vision export "$CACHE/assets/efficientnet/efficientnet-lite0-57934424.pth" --force -o "$WORK/lite0.onnx" >&2
+        float lite0
         pictures lite0 lite 8 "$(count 16 85)"
         variants cnn "$WORK/lite0.onnx" "$calib" --batch 1
         table "EfficientNet-Lite0, 64 crops of 8 photographs to calibrate" cnn lite0 "$calib" "$WORK/lite0-eval.npy"
         ;;
     vit)
-        # The encoder without the decoder that this file has behind it.
-        python3 "$TABLE" cut "$CACHE/assets/vit/vit_s_focus.onnx" /backbone/layernorm/Add_1_output_0 "$WORK/vit.onnx"
+        float vit
         pictures vit imagenet 2 "$(count 8 34)"
         variants encoder "$WORK/vit.onnx" "$calib" --batch 1
         table "ViT-S/14, 16 crops of 8 photographs to calibrate" encoder vit "$calib" "$WORK/vit-eval.npy"
@@ -94,6 +124,11 @@ for model in ${*:-lite0 vit minilm}; do
         variants encoder "$WORK/minilm.onnx" "$calib" --tokenizer "$TOKENIZER"
         table "MiniLM, 64 paragraphs to calibrate" encoder minilm "$calib" "$WORK/minilm-eval.txt"
         ;;
-    *) die "no model \`$model\`" "known: lite0 vit minilm" ;;
+    cost)
+        mkdir -p "$WORK/peers-lite0" "$WORK/peers-vit"
+        cost lite0 cnn lite 8
+        cost vit encoder imagenet 2
+        ;;
+    *) die "no model \`$model\`" "known: lite0 vit minilm cost" ;;
     esac
 done

@@ -3,6 +3,7 @@
 
     python scripts/oracles/vision_table.py cut IN.onnx TENSOR OUT.onnx       the part of a model that makes a tensor
     python scripts/oracles/vision_table.py table KIND FLOAT.onnx CALIB EVAL FOLDER NAME=MODEL.onnx[=SECONDS=BYTES]...
+    python scripts/oracles/vision_table.py cost KIND FLOAT.onnx CALIB FOLDER    seconds and bytes that making one takes
 
 KIND is `cnn` (classes out) or `encoder` (a vector a token out). CALIB and EVAL are an .npy of samples, or a .txt with a
 text a line beside TOKENIZER (an environment variable: a tokenizer.json). onnxruntime's quantizer runs here, on the same
@@ -51,10 +52,12 @@ def feeds(path, model, limit=None):
 
 CNN = ["minmax", "percentile"]
 ENCODER = ["linear", "dynamic"]
+COST = {"cnn": ["minmax", "percentile"], "encoder": ["linear", "linear-percentile"]}
 LABELS = {
     "minmax": "ort minmax, per channel",
     "percentile": "ort percentile 99.999, per channel",
     "linear": "ort minmax, linear layers only, no output Q",
+    "linear-percentile": "ort percentile 99.999, linear layers only, no output Q",
     "dynamic": "ort dynamic, per channel",
 }
 
@@ -79,7 +82,7 @@ def make(what, path, calib, out):
         quantize_dynamic(prepared, out, per_channel=True, weight_type=QuantType.QInt8, **types)
         return
     more = {}
-    if what == "linear":
+    if what.startswith("linear"):
         graph = onnx.load(prepared).graph
         constants = {i.name for i in graph.initializer}
         products = [n for n in graph.node if n.op_type == "MatMul"]
@@ -88,15 +91,15 @@ def make(what, path, calib, out):
             "nodes_to_exclude": [n.name for n in products if not constants & set(n.input)],
             "extra_options": {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm", "Add"]},
         }
-    method = CalibrationMethod.Percentile if what == "percentile" else CalibrationMethod.MinMax
+    method = CalibrationMethod.Percentile if "percentile" in what else CalibrationMethod.MinMax
     quantize_static(
         prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8, calibrate_method=method, **more,
     )
 
 
-def theirs(kind, path, calib, folder):
-    for what in CNN if kind == "cnn" else ENCODER:
+def theirs(configurations, path, calib, folder):
+    for what in configurations:
         out = os.path.join(folder, f"ort-{what}.onnx")
         start = time.perf_counter()
         child = subprocess.Popen([sys.executable, __file__, "make", what, path, calib, out], stdout=2)
@@ -133,7 +136,7 @@ def score(kind, base, out, text):
 
 
 def table(kind, path, calib, evaluation, folder, *ours):
-    models = [("float", path, None, None), *theirs(kind, path, calib, folder)]
+    models = [("float", path, None, None), *theirs(CNN if kind == "cnn" else ENCODER, path, calib, folder)]
     for arg in ours:
         name, model, *took = arg.split("=")
         seconds, peak = (float(t) for t in took) if took else (None, None)
@@ -167,6 +170,9 @@ def main():
     match sys.argv[1:]:
         case ["table", *rest]:
             table(*rest)
+        case ["cost", kind, *rest]:
+            for label, _, seconds, peak in theirs(COST[kind], *rest):
+                print(f"| {label} | {seconds:.1f} | {peak / 1e6:.0f} |", flush=True)
         case ["make", what, path, calib, out]:
             make(what, path, calib, out)
         case ["cut", path, tensor, out]:
