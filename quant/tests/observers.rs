@@ -52,6 +52,9 @@ fn assert_same(a: &Statistics, b: &Statistics, what: &str) {
     assert_eq!((a.count(), a.nans(), a.infinities()), (b.count(), b.nans(), b.infinities()), "{what}");
     assert_eq!(a.extremes(), b.extremes(), "{what}");
     assert!(close(a.mean_square(), b.mean_square(), a.count()), "{what}");
+    // No mean of magnitudes is above the root of the mean square.
+    let magnitude = a.mean_square().sqrt();
+    assert!((a.mean() - b.mean()).abs() <= a.count() as f64 * 2f64.powi(-52) * magnitude, "{what}");
     let (x, y) = (a.average_range(), b.average_range());
     // Rounded to f32 at the end.
     let near = |x: f32, y: f32| (x - y).abs() <= 2.0 * f32::EPSILON * x.abs();
@@ -204,9 +207,24 @@ fn channels_are_observed_as_if_alone() {
         assert_eq!(observed.whole().extremes(), all.each()[0].extremes());
         let mut twice = observed.clone();
         twice.merge("x", &observed).unwrap();
-        assert_eq!(twice.mean_squares(), observed.mean_squares());
+        assert_eq!((twice.means(), twice.mean_squares()), (observed.means(), observed.mean_squares()));
         assert_eq!(twice.ranges(), observed.ranges());
         assert!(observed.merge("x", &all).unwrap_err().to_string().contains("5"));
+    }
+    // Along the last axis, without histograms, and with a value that isn't finite in the second batch.
+    let mut observed = Observed::channels(&[21, 5], 1, false).unwrap();
+    let mut alone = vec![Statistics::new(false); 5];
+    let mut batch = values.clone();
+    for bad in [None, Some(f32::NAN), Some(f32::INFINITY), None] {
+        batch[12] = bad.unwrap_or(0.5);
+        observed.observe("x", &batch).unwrap();
+        for (c, own) in alone.iter_mut().enumerate() {
+            own.observe(&batch.iter().skip(c).step_by(5).copied().collect::<Vec<f32>>());
+        }
+    }
+    assert_eq!((alone[2].nans(), alone[2].infinities(), alone[2].count()), (1, 1, 4 * 21 - 2));
+    for (found, alone) in observed.each().iter().zip(&alone) {
+        assert_same(found, alone, "columns");
     }
     assert!(Observed::channels(&[2, 3], 2, false).is_err());
     let mut observed = Observed::channels(&[2, 3], 1, false).unwrap();

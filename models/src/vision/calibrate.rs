@@ -49,9 +49,6 @@ pub struct Seen {
 pub struct Channels {
     axis: Axis,
     observed: Option<Observed>,
-    /// Sum of each channel's values, and how many there were of each.
-    sums: Vec<f64>,
-    count: f64,
     gram: Option<Gram>,
 }
 
@@ -96,7 +93,7 @@ impl Gram {
 impl Channels {
     /// Along these dimensions.
     pub fn along(axis: Axis) -> Channels {
-        Channels { axis, observed: None, sums: Vec::new(), count: 0.0, gram: None }
+        Channels { axis, observed: None, gram: None }
     }
 
     /// With a Gram matrix, of deviations from the mean if `centred`.
@@ -116,7 +113,7 @@ impl Channels {
 
     /// Means of the channels.
     pub fn means(&self) -> Vec<f64> {
-        self.sums.iter().map(|s| s / self.count.max(1.0)).collect()
+        self.observed.as_ref().map(Observed::means).unwrap_or_default()
     }
 
     fn observe(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
@@ -129,7 +126,6 @@ impl Channels {
         let inner: usize = tensor.dims[axis + 1..].iter().product();
         if self.observed.is_none() {
             self.observed = Some(Observed::channels(&tensor.dims, axis, false)?);
-            self.sums = vec![0.0; channels];
         }
         if let Some(observed) = &mut self.observed {
             observed.observe(name, values)?;
@@ -137,12 +133,6 @@ impl Channels {
         if channels * inner == 0 {
             return Ok(());
         }
-        for outer in values.chunks_exact(channels * inner) {
-            for (sum, channel) in self.sums.iter_mut().zip(outer.chunks_exact(inner)) {
-                *sum += channel.iter().map(|&v| f64::from(v)).sum::<f64>();
-            }
-        }
-        self.count += (values.len() / channels) as f64;
         match &mut self.gram {
             Some(gram) => gram.observe(name, values, channels, inner),
             None => Ok(()),
@@ -225,7 +215,8 @@ pub fn calibrate(
 ) -> Result<Calibration> {
     let histogram = options.observer.observer.histogram;
     let channels = layer_inputs(model, plan, options.correct_bias)?;
-    let seen = observe(model, &plan.observed(), channels, data, histogram, options, progress)?;
+    let tensors = whole(plan, &channels, options);
+    let seen = observe(model, &tensors, channels, data, histogram, options, progress)?;
     let mut calibration = finish(seen, plan, options)?;
     make_room(model, plan, &mut calibration, options.headroom)?;
     Ok(calibration)
@@ -252,12 +243,22 @@ fn make_room(model: &Model, plan: &Plan, calibration: &mut Calibration, headroom
     Ok(())
 }
 
+/// What has to be observed as a whole: extremes of a tensor are known from those of its channels.
+fn whole(plan: &Plan, channels: &BTreeMap<String, Channels>, options: &CalibrateOptions) -> Vec<String> {
+    let mut tensors = plan.observed();
+    tensors.retain(|name| options.observer.observer.name != "minmax" || !channels.contains_key(name));
+    tensors
+}
+
 /// What a plan needs of what was seen.
 fn finish(seen: Seen, plan: &Plan, options: &CalibrateOptions) -> Result<Calibration> {
     let mut calibration = Calibration { ranks: seen.ranks, ..Default::default() };
     let grid = plan.settings.activation;
-    for (name, statistics) in &seen.tensors {
-        calibration.ranges.insert(name.clone(), options.observer.range(name, statistics, grid)?);
+    for name in plan.observed() {
+        let of_channels = || seen.channels.get(&name).and_then(|c| c.observed.as_ref()).map(Observed::whole);
+        let statistics = seen.tensors.get(&name).cloned().or_else(of_channels);
+        let statistics = statistics.unwrap_or_else(|| Statistics::new(false));
+        calibration.ranges.insert(name.clone(), options.observer.range(&name, &statistics, grid)?);
     }
     for (name, channels) in seen.channels {
         if options.correct_bias {
@@ -331,7 +332,8 @@ pub fn equalize_and_calibrate(
     for (name, site) in site_tensors(model)? {
         channels.entry(name).or_insert(site);
     }
-    let seen = observe(model, &before.observed(), channels, data, false, options, progress)?;
+    let tensors = whole(&before, &channels, options);
+    let seen = observe(model, &tensors, channels, data, false, options, progress)?;
     let fine = fine_tensors(model, &before, &seen.ranks)?;
     let scaled = equalize(model, &statistics(&seen), &fine)?;
     let after = plan(model)?;

@@ -1,6 +1,7 @@
 //! The statistics of a tensor: one for all of it, or one a channel.
 
 use super::Statistics;
+use super::statistics::Columns;
 use crate::error::Result;
 use crate::{QuantError, Range};
 
@@ -46,6 +47,9 @@ impl Observed {
             let why = format!("{} values to observe; wanted a multiple of {channels} x {inner}", values.len());
             return if values.is_empty() { Ok(()) } else { Err(QuantError::Tensor { name: name.into(), why }) };
         }
+        if inner == 1 && self.each.iter().all(|s| s.histogram().is_none()) && self.columns(values) {
+            return Ok(());
+        }
         let mut channel = Vec::with_capacity(values.len() / channels);
         for (c, statistics) in self.each.iter_mut().enumerate() {
             channel.clear();
@@ -55,6 +59,20 @@ impl Observed {
             statistics.observe(&channel);
         }
         Ok(())
+    }
+
+    /// Takes in (outer, channels) values row by row, as they lie in memory. Takes in nothing, and says so, if one of them
+    /// isn't finite.
+    fn columns(&mut self, values: &[f32]) -> bool {
+        let channels = self.each.len();
+        let mut columns = Columns::new(channels);
+        values.chunks_exact(channels).for_each(|row| columns.add(row));
+        if columns.batches().any(|b| !b.squares.is_finite()) {
+            return false;
+        }
+        let rows = values.len() / channels;
+        self.each.iter_mut().zip(columns.batches()).for_each(|(statistics, batch)| statistics.take_unseen(rows, batch));
+        true
     }
 
     /// Takes in what another one has seen.
@@ -87,6 +105,11 @@ impl Observed {
     /// Smallest and largest value of each channel, zero included.
     pub fn ranges(&self) -> Vec<Range> {
         self.each.iter().map(Statistics::range).collect()
+    }
+
+    /// Means of the channels.
+    pub fn means(&self) -> Vec<f64> {
+        self.each.iter().map(Statistics::mean).collect()
     }
 
     /// Second moments of the channels.

@@ -9,8 +9,8 @@ const LANES: usize = 8;
 /// Statistics of a tensor's or a channel's values over any number of batches, in memory that doesn't grow with them.
 ///
 /// The merge law: statistics of batches A merged with statistics of batches B, in either order, equal those of A and B
-/// together. Counts, extremes and histograms do exactly; sums of squares and of extremes, which are made in f64, to a
-/// relative error of n * 2^-52 for n values (no term is negative, or all of a sum have one sign).
+/// together. Counts, extremes and histograms do exactly; sums, which are made in f64, to n * 2^-52 for n values, relative
+/// to the sum of their terms' magnitudes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Statistics {
     count: u64,
@@ -18,6 +18,7 @@ pub struct Statistics {
     infinities: u64,
     lo: f32,
     hi: f32,
+    sum: f64,
     squares: f64,
     batches: u64,
     /// Sums over the batches of min(smallest, 0) and max(largest, 0).
@@ -35,6 +36,7 @@ impl Statistics {
             infinities: 0,
             lo: f32::INFINITY,
             hi: f32::NEG_INFINITY,
+            sum: 0.0,
             squares: 0.0,
             batches: 0,
             lows: 0.0,
@@ -45,25 +47,16 @@ impl Statistics {
 
     /// Takes in one batch. Values that aren't finite are counted and otherwise left out.
     pub fn observe(&mut self, values: &[f32]) {
-        let (mut lo, mut hi, mut squares, mut finite) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES], 0.0, true);
-        let mut sums = [0f64; LANES];
-        for chunk in values.chunks(LANES) {
-            for (lane, &v) in chunk.iter().enumerate() {
-                lo[lane] = lo[lane].min(v);
-                hi[lane] = hi[lane].max(v);
-                sums[lane] += v as f64 * v as f64;
-            }
+        let mut lanes = Columns::<[f32; LANES], [f64; LANES]>::default();
+        let whole = values.chunks_exact(LANES);
+        let rest = whole.remainder();
+        whole.for_each(|chunk| lanes.add(chunk));
+        lanes.add(rest);
+        let batch = lanes.batches().fold(Batch::default(), Batch::with);
+        match batch.squares.is_finite() {
+            true => self.take(values, batch),
+            false => self.observe_finite_ones(values),
         }
-        for lane in 0..LANES {
-            squares += sums[lane];
-            finite &= sums[lane].is_finite();
-        }
-        if !finite {
-            return self.observe_finite_ones(values);
-        }
-        let lo = lo.into_iter().fold(f32::INFINITY, f32::min);
-        let hi = hi.into_iter().fold(f32::NEG_INFINITY, f32::max);
-        self.take(values, lo, hi, squares);
     }
 
     /// Takes in what another one has seen.
@@ -75,6 +68,7 @@ impl Statistics {
         self.infinities += other.infinities;
         self.lo = self.lo.min(other.lo);
         self.hi = self.hi.max(other.hi);
+        self.sum += other.sum;
         self.squares += other.squares;
         self.batches += other.batches;
         self.lows += other.lows;
@@ -121,6 +115,11 @@ impl Statistics {
         Range { lo: (self.lows / batches) as f32, hi: (self.highs / batches) as f32 }
     }
 
+    /// Mean of the values. 0 before the first one.
+    pub fn mean(&self) -> f64 {
+        self.sum / self.count.max(1) as f64
+    }
+
     /// Mean of the squares: the second moment about zero. 0 before the first value.
     pub fn mean_square(&self) -> f64 {
         self.squares / self.count.max(1) as f64
@@ -135,26 +134,109 @@ impl Statistics {
         self.nans += values.iter().filter(|v| v.is_nan()).count() as u64;
         self.infinities += values.iter().filter(|v| v.is_infinite()).count() as u64;
         let finite: Vec<f32> = values.iter().copied().filter(|v| v.is_finite()).collect();
-        let lo = finite.iter().copied().fold(f32::INFINITY, f32::min);
-        let hi = finite.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let squares = finite.iter().map(|&v| v as f64 * v as f64).sum();
-        self.take(&finite, lo, hi, squares);
+        let mut all = Columns::<[f32; 1], [f64; 1]>::default();
+        finite.iter().for_each(|v| all.add(std::slice::from_ref(v)));
+        let batch = all.batches().fold(Batch::default(), Batch::with);
+        self.take(&finite, batch);
     }
 
-    /// Takes in finite values of which these things are known.
-    fn take(&mut self, values: &[f32], lo: f32, hi: f32, squares: f64) {
-        if values.is_empty() {
-            return;
-        }
-        self.count += values.len() as u64;
-        self.lo = self.lo.min(lo);
-        self.hi = self.hi.max(hi);
-        self.squares += squares;
-        self.batches += 1;
-        self.lows += lo.min(0.0) as f64;
-        self.highs += hi.max(0.0) as f64;
-        if let Some(histogram) = &mut self.histogram {
+    /// Takes in finite values, of which these things are known.
+    pub(super) fn take(&mut self, values: &[f32], batch: Batch) {
+        self.take_unseen(values.len(), batch);
+        if let Some(histogram) = self.histogram.as_mut().filter(|_| !values.is_empty()) {
             histogram.add(values);
         }
+    }
+
+    /// Takes in what is known of `count` finite values; without a histogram that is all there is to take.
+    pub(super) fn take_unseen(&mut self, count: usize, batch: Batch) {
+        if count == 0 {
+            return;
+        }
+        self.count += count as u64;
+        self.lo = self.lo.min(batch.lo);
+        self.hi = self.hi.max(batch.hi);
+        self.sum += batch.sum;
+        self.squares += batch.squares;
+        self.batches += 1;
+        self.lows += f64::from(batch.lo.min(0.0));
+        self.highs += f64::from(batch.hi.max(0.0));
+    }
+}
+
+/// What is known of a batch without a histogram. `squares` isn't finite if a value isn't.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Batch {
+    lo: f32,
+    hi: f32,
+    sum: f64,
+    pub(super) squares: f64,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { lo: f32::INFINITY, hi: f32::NEG_INFINITY, sum: 0.0, squares: 0.0 }
+    }
+}
+
+impl Batch {
+    fn with(self, other: Batch) -> Batch {
+        Batch {
+            lo: self.lo.min(other.lo),
+            hi: self.hi.max(other.hi),
+            sum: self.sum + other.sum,
+            squares: self.squares + other.squares,
+        }
+    }
+}
+
+/// A [`Batch`] for each of some columns, as arrays that a vector unit goes along.
+pub(super) struct Columns<F, D> {
+    lo: F,
+    hi: F,
+    sum: D,
+    squares: D,
+}
+
+impl<const N: usize> Default for Columns<[f32; N], [f64; N]> {
+    fn default() -> Self {
+        Self { lo: [f32::INFINITY; N], hi: [f32::NEG_INFINITY; N], sum: [0.0; N], squares: [0.0; N] }
+    }
+}
+
+impl Columns<Vec<f32>, Vec<f64>> {
+    pub(super) fn new(columns: usize) -> Self {
+        Self {
+            lo: vec![f32::INFINITY; columns],
+            hi: vec![f32::NEG_INFINITY; columns],
+            sum: vec![0.0; columns],
+            squares: vec![0.0; columns],
+        }
+    }
+}
+
+impl<F: AsRef<[f32]> + AsMut<[f32]>, D: AsRef<[f64]> + AsMut<[f64]>> Columns<F, D> {
+    /// Takes in one value of each column, or of the first ones. With a NaN the extremes mean nothing.
+    #[inline(always)]
+    pub(super) fn add(&mut self, row: &[f32]) {
+        // As the processor's instructions choose, unlike f32::min, which takes care of NaN.
+        for (lo, &v) in self.lo.as_mut().iter_mut().zip(row) {
+            *lo = if v < *lo { v } else { *lo };
+        }
+        for (hi, &v) in self.hi.as_mut().iter_mut().zip(row) {
+            *hi = if v > *hi { v } else { *hi };
+        }
+        for ((sum, squares), &v) in self.sum.as_mut().iter_mut().zip(self.squares.as_mut()).zip(row) {
+            let v = f64::from(v);
+            *sum += v;
+            *squares += v * v;
+        }
+    }
+
+    /// What is known of each column.
+    pub(super) fn batches(&self) -> impl Iterator<Item = Batch> + '_ {
+        let ends = self.lo.as_ref().iter().zip(self.hi.as_ref());
+        let sums = self.sum.as_ref().iter().zip(self.squares.as_ref());
+        ends.zip(sums).map(|((&lo, &hi), (&sum, &squares))| Batch { lo, hi, sum, squares })
     }
 }
