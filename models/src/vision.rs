@@ -4,6 +4,7 @@
 //! pictures, arrays --data--> samples --calibrate--> ranges --> a quantized model --evaluate--> agreement, SQNR
 //! ```
 
+mod arrays;
 pub mod calibrate;
 pub mod data;
 pub mod evaluate;

@@ -1,11 +1,10 @@
 //! Samples for a model: pictures of a folder, arrays of .npy, .npz and .safetensors files, lines of texts.
 
+use super::arrays::Arrays;
 use super::picture::{self, ChannelOrder, Frame, Preprocess};
 use super::text::Texts;
-use crate::graph::{Input, Tensor, Values};
+use crate::graph::{Input, Tensor};
 use crate::{ModelError, Result};
-use candle_core::{DType, Device};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// How data is read.
@@ -30,7 +29,7 @@ pub struct DataOptions {
 /// One set of inputs, by name, of batch size 1.
 pub type Sample = Vec<(String, Tensor)>;
 
-/// Where samples come from: what is in memory is one file's.
+/// Where samples come from. In memory there is one at a time; of an .npz or .safetensors file, all of the file's.
 pub struct Data {
     files: Vec<PathBuf>,
     others: Vec<PathBuf>,
@@ -48,7 +47,7 @@ fn extension(path: &Path) -> String {
     path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
 }
 
-fn kinds() -> Vec<&'static str> {
+pub(super) fn kinds() -> Vec<&'static str> {
     [&PICTURES[..], &ARRAYS, &TEXTS].concat()
 }
 
@@ -112,13 +111,14 @@ impl Data {
     /// How many samples there are.
     ///
     /// # Errors
-    /// An array file that can't be read or doesn't fit.
+    /// A file of arrays or texts that can't be read or doesn't fit.
     pub fn count(&self) -> Result<u64> {
         let mut count = 0;
-        for (index, file) in self.files.iter().enumerate() {
-            count += match PICTURES.contains(&extension(file).as_str()) {
-                true => self.options.crops.max(1),
-                false => self.samples(file, index)?.len(),
+        for file in &self.files {
+            count += match (PICTURES.contains(&extension(file).as_str()), self.texts_of(file)) {
+                (true, _) => self.options.crops.max(1),
+                (_, Some(texts)) => texts.count(file)?,
+                _ => Arrays::open(file, &self.inputs)?.count(),
             };
         }
         Ok(self.options.limit.map_or(count, |limit| limit.min(count)) as u64)
@@ -132,11 +132,13 @@ impl Data {
         let mut count = 0;
         let limit = self.options.limit.unwrap_or(usize::MAX);
         for (index, file) in self.files.iter().enumerate() {
-            for sample in self.samples(file, index)? {
-                if count == limit || !each(sample, file)? {
-                    return Ok(count);
-                }
-                count += 1;
+            let more = self.samples(file, index, &mut |sample| {
+                let more = count < limit && each(sample, file)?;
+                count += usize::from(more);
+                Ok(more)
+            })?;
+            if !more {
+                return Ok(count);
             }
         }
         match count {
@@ -145,65 +147,53 @@ impl Data {
         }
     }
 
-    fn samples(&self, file: &Path, index: usize) -> Result<Vec<Sample>> {
-        if PICTURES.contains(&extension(file).as_str()) {
-            return self.pictures(file, index);
-        }
-        if let Some(texts) = self.texts.as_ref().filter(|_| TEXTS.contains(&extension(file).as_str())) {
-            return texts.samples(file, &self.inputs);
-        }
-        let damaged = |why: String| ModelError::Damaged { path: file.to_owned(), why };
-        let candle = |e: candle_core::Error| damaged(e.to_string());
-        let arrays: BTreeMap<String, candle_core::Tensor> = match extension(file).as_str() {
-            "npy" => {
-                let [input] = self.inputs.as_slice() else {
-                    return Err(damaged(format!("one array for a model with {} inputs; use .npz", self.inputs.len())));
-                };
-                BTreeMap::from([(input.name.clone(), candle_core::Tensor::read_npy(file).map_err(candle)?)])
-            }
-            "npz" => candle_core::Tensor::read_npz(file).map_err(candle)?.into_iter().collect(),
-            "safetensors" => candle_core::safetensors::load(file, &Device::Cpu).map_err(candle)?.into_iter().collect(),
-            other => return Err(damaged(format!("`.{other}`: wanted {}", kinds().join(", ")))),
-        };
-        let mut count = None;
-        let mut columns: Vec<(String, Vec<Tensor>)> = Vec::new();
-        for input in &self.inputs {
-            let array = arrays.get(&input.name).ok_or_else(|| damaged(format!("has no array `{}`", input.name)))?;
-            let rows = split(array, input, &damaged)?;
-            if *count.get_or_insert(rows.len()) != rows.len() {
-                return Err(damaged(format!("{} samples of `{}`, the others have {count:?}", rows.len(), input.name)));
-            }
-            columns.push((input.name.clone(), rows));
-        }
-        let mut samples: Vec<Sample> = vec![Vec::new(); count.unwrap_or(0)];
-        for (name, rows) in columns {
-            for (sample, row) in samples.iter_mut().zip(rows) {
-                sample.push((name.clone(), row));
-            }
-        }
-        Ok(samples)
+    /// What reads a file if it is a text.
+    fn texts_of(&self, file: &Path) -> Option<&Texts> {
+        self.texts.as_ref().filter(|_| TEXTS.contains(&extension(file).as_str()))
     }
 
-    fn pictures(&self, file: &Path, index: usize) -> Result<Vec<Sample>> {
-        let damaged = |why: String| ModelError::Damaged { path: file.to_owned(), why };
+    /// Makes a file's samples one after the other, until `each` returns false; what it returned last.
+    fn samples(&self, file: &Path, index: usize, each: &mut dyn FnMut(Sample) -> Result<bool>) -> Result<bool> {
+        if PICTURES.contains(&extension(file).as_str()) {
+            return self.pictures(file, index, each);
+        }
+        if let Some(texts) = self.texts_of(file) {
+            return texts.samples(file, &self.inputs, each);
+        }
+        let arrays = Arrays::open(file, &self.inputs)?;
+        for index in 0..arrays.count() {
+            if !each(arrays.sample(index)?)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn pictures(&self, file: &Path, index: usize, each: &mut dyn FnMut(Sample) -> Result<bool>) -> Result<bool> {
         let [input] = self.inputs.as_slice() else {
-            return Err(damaged(format!("a picture for a model with {} inputs; use .npz", self.inputs.len())));
+            let why = format!("a picture for a model with {} inputs; use .npz", self.inputs.len());
+            return Err(ModelError::Damaged { path: file.to_owned(), why });
         };
         let frame = frame(input, self.options.bgr)?;
         let picture = picture::read(file)?;
-        let crops = match self.options.crops {
-            0 => vec![picture::centre(&picture, frame, &self.options.preprocess)],
-            n => picture::crops(&picture, frame, n, self.options.seed ^ (index as u64) << 32),
-        };
         let dims = match frame.order {
             ChannelOrder::First => [1, frame.channels, frame.height, frame.width],
             ChannelOrder::Last => [1, frame.height, frame.width, frame.channels],
         };
-        let sample = |crop| {
-            let values = picture::values(&crop, frame, &self.options.preprocess);
-            Ok(vec![(input.name.clone(), Tensor::floats(&input.name, &dims, values)?)])
+        let how = &self.options.preprocess;
+        let mut take = |crop| {
+            let values = picture::values(&crop, frame, how);
+            each(vec![(input.name.clone(), Tensor::floats(&input.name, &dims, values)?)])
         };
-        crops.into_iter().map(sample).collect()
+        if self.options.crops == 0 {
+            return take(picture::centre(&picture, frame, how));
+        }
+        for crop in picture::crops(&picture, frame, self.options.crops, self.options.seed ^ (index as u64) << 32) {
+            if !take(crop)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }
 
@@ -226,39 +216,4 @@ pub fn frame(input: &Input, bgr: bool) -> Result<Frame> {
         (Some(height), Some(width)) => Ok(Frame { height, width, order, channels: channels.unwrap_or(3), bgr }),
         _ => Err(refuse("leaves height and width open; fix them with --shape".into())),
     }
-}
-
-/// An array as single samples: along its first axis, or whole if the model's input has one dimension more.
-fn split(array: &candle_core::Tensor, input: &Input, damaged: &dyn Fn(String) -> ModelError) -> Result<Vec<Tensor>> {
-    let candle = |e: candle_core::Error| damaged(format!("array `{}`: {e}", input.name));
-    let rank = input.dims.len();
-    let shape = array.dims().to_vec();
-    let (n, dims) = match shape.len() {
-        r if r + 1 == rank => (1, shape.clone()),
-        r if r == rank && r > 0 => (shape[0], shape[1..].to_vec()),
-        r => return Err(damaged(format!("array `{}` has {r} dimensions, the model takes {rank}", input.name))),
-    };
-    for (axis, (&found, wanted)) in dims.iter().zip(&input.dims[1..]).enumerate() {
-        if wanted.is_some_and(|w| w != found) {
-            let why = format!(
-                "array `{}` is {found} in dimension {}, the model takes {}",
-                input.name,
-                axis + 1,
-                wanted.unwrap_or_default()
-            );
-            return Err(damaged(why));
-        }
-    }
-    let dims = [vec![1], dims].concat();
-    let size: usize = dims.iter().product();
-    let flat = array.flatten_all().map_err(candle)?;
-    if input.float {
-        let all = flat.to_dtype(DType::F32).map_err(candle)?.to_vec1::<f32>().map_err(candle)?;
-        return (0..n).map(|i| Tensor::floats(&input.name, &dims, all[i * size..(i + 1) * size].to_vec())).collect();
-    }
-    let all = flat.to_dtype(DType::I64).map_err(candle)?.to_vec1::<i64>().map_err(candle)?;
-    let narrow = |v: &i64| i32::try_from(*v).map_err(|_| damaged(format!("array `{}` holds {v}", input.name)));
-    let all = all.iter().map(narrow).collect::<Result<Vec<i32>>>()?;
-    let row = |i: usize| Tensor { dims: dims.clone(), values: Values::Int(all[i * size..(i + 1) * size].to_vec()) };
-    Ok((0..n).map(row).collect())
 }

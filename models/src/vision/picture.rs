@@ -123,21 +123,19 @@ pub fn centre(picture: &RgbImage, frame: Frame, how: &Preprocess) -> RgbImage {
 
 /// Draws crops of a picture: a quarter to all of its area, sides 3:4 to 4:3, every other one mirrored. The same seed
 /// draws the same crops.
-pub fn crops(picture: &RgbImage, frame: Frame, count: usize, seed: u64) -> Vec<RgbImage> {
+pub fn crops(picture: &RgbImage, frame: Frame, count: usize, seed: u64) -> impl Iterator<Item = RgbImage> {
     let mut rng = StdRng::seed_from_u64(seed);
     let (w, h) = (f64::from(picture.width()), f64::from(picture.height()));
-    (0..count)
-        .map(|i| {
-            let area = w * h * rng.random_range(0.25..1.0);
-            let ratio =
-                rng.random_range(0.75f64.ln()..(4.0f64 / 3.0).ln()).exp() * frame.width as f64 / frame.height as f64;
-            let (cw, ch) = ((area * ratio).sqrt().min(w).max(1.0), (area / ratio).sqrt().min(h).max(1.0));
-            let (x, y) = (rng.random_range(0.0..=1.0) * (w - cw), rng.random_range(0.0..=1.0) * (h - ch));
-            let cropped = crop_imm(picture, x as u32, y as u32, cw as u32, ch as u32).to_image();
-            let sized = resize(&cropped, frame.width as u32, frame.height as u32, FilterType::Triangle);
-            if i % 2 == 1 { flip_horizontal(&sized) } else { sized }
-        })
-        .collect()
+    (0..count).map(move |i| {
+        let area = w * h * rng.random_range(0.25..1.0);
+        let ratio =
+            rng.random_range(0.75f64.ln()..(4.0f64 / 3.0).ln()).exp() * frame.width as f64 / frame.height as f64;
+        let (cw, ch) = ((area * ratio).sqrt().min(w).max(1.0), (area / ratio).sqrt().min(h).max(1.0));
+        let (x, y) = (rng.random_range(0.0..=1.0) * (w - cw), rng.random_range(0.0..=1.0) * (h - ch));
+        let cropped = crop_imm(picture, x as u32, y as u32, cw as u32, ch as u32).to_image();
+        let sized = resize(&cropped, frame.width as u32, frame.height as u32, FilterType::Triangle);
+        if i % 2 == 1 { flip_horizontal(&sized) } else { sized }
+    })
 }
 
 /// A picture's values as a model takes them: `channels * height * width` floats.

@@ -38,6 +38,14 @@ fn role(input: &Input, file: &Path) -> Result<Role> {
     })
 }
 
+fn read(file: &Path) -> Result<String> {
+    std::fs::read_to_string(file).map_err(ModelError::io(file))
+}
+
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|line| !line.is_empty())
+}
+
 impl Texts {
     /// Reads a `tokenizer.json`; `text` is the file that needs one.
     ///
@@ -55,15 +63,26 @@ impl Texts {
         Ok(Texts { tokenizer: tokenizer::plain(path, &bytes)?, longest })
     }
 
-    /// A sample for every line that isn't blank.
+    /// How many lines there are that aren't blank.
     ///
     /// # Errors
-    /// A file that isn't UTF-8, a line that can't be tokenized, or inputs that take no tokens.
-    pub fn samples(&self, file: &Path, inputs: &[Input]) -> Result<Vec<Sample>> {
-        let text = std::fs::read_to_string(file).map_err(ModelError::io(file))?;
+    /// A file that can't be read or isn't UTF-8.
+    pub fn count(&self, file: &Path) -> Result<usize> {
+        Ok(lines(&read(file)?).count())
+    }
+
+    /// A sample for every line that isn't blank, until `each` returns false; what it returned last.
+    ///
+    /// # Errors
+    /// A file that isn't UTF-8, a line that can't be tokenized, or inputs that take no tokens; what `each` returns.
+    pub fn samples(&self, file: &Path, inputs: &[Input], each: &mut dyn FnMut(Sample) -> Result<bool>) -> Result<bool> {
         let roles = inputs.iter().map(|input| role(input, file)).collect::<Result<Vec<Role>>>()?;
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        lines.map(|line| self.sample(line, file, inputs, &roles)).collect()
+        for line in lines(&read(file)?) {
+            if !each(self.sample(line, file, inputs, &roles)?)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn sample(&self, line: &str, file: &Path, inputs: &[Input], roles: &[Role]) -> Result<Sample> {
