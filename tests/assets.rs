@@ -30,6 +30,18 @@ pub fn asset(name: &str, path: &str) -> Option<PathBuf> {
     Some(file)
 }
 
+/// The shared library of the oracles' onnxruntime.
+#[cfg(feature = "ort")]
+pub fn onnx_runtime() -> Option<PathBuf> {
+    let Some(folder) = std::env::var_os("NIBBLE_ORACLES") else { return missing("oracles: NIBBLE_ORACLES is not set") };
+    let folder = PathBuf::from(folder).join("onnxruntime/capi");
+    let files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|e| e.path());
+    let name = |p: &PathBuf| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut libraries: Vec<PathBuf> = files.filter(|p| name(p).starts_with("libonnxruntime.so")).collect();
+    libraries.sort();
+    libraries.pop().or_else(|| missing("onnxruntime's wheel has no libonnxruntime.so"))
+}
+
 /// Says that a test doesn't run what it is for, and counts it.
 pub fn missing<T>(what: &str) -> Option<T> {
     let test = std::thread::current().name().unwrap_or("a test").to_owned();

@@ -198,3 +198,19 @@ fn onnx_runtime_is_asked_for_by_name_and_its_absence_is_one_sentence() {
         assert!(said.contains(wanted), "{said}");
     }
 }
+
+#[cfg(feature = "ort")]
+#[test]
+fn onnx_runtime_judges_and_is_timed() {
+    let Some(library) = crate::assets::onnx_runtime() else { return };
+    let place = place();
+    place.run(&QUANTIZE).ok();
+    let words =
+        ["vision", "eval", "model.onnx", "int8.onnx", "-d", "eval.npy", "--json", "--engine", "ort", "--bench=2"];
+    let judged = place.run(&[&words[..], &["--ort-library", library.to_str().unwrap()]].concat()).json();
+    assert!(judged["outputs"][0]["sqnr_db"].as_f64().unwrap() > 25.0, "{judged}");
+    let times = judged["latency"].as_array().unwrap();
+    let rows: Vec<_> = times.iter().map(|t| (t["model"].as_str().unwrap(), t["threads"].as_u64().unwrap())).collect();
+    assert_eq!(rows, [("model.onnx", 1), ("int8.onnx", 1), ("model.onnx", 2), ("int8.onnx", 2)]);
+    assert!(times.iter().all(|t| t["lower_decile_ms"].as_f64().unwrap() > 0.0), "{judged}");
+}

@@ -1,26 +1,14 @@
 //! ONNX Runtime as an engine: the same values as onnxruntime in Python, any tensor by name, and errors with names.
 
 use super::{cnn, mlp, numbers, onnxruntime, samples, write_npy};
-use crate::assets::missing;
+use crate::assets::onnx_runtime;
 use nibble_models::graph::{GraphRunner, Ort, OrtLibrary, Rten, Tensor, Values};
 use nibble_models::vision::latency::latencies;
 use nibble_quant::onnx::External;
-use std::path::PathBuf;
-
-/// The library of the oracles' onnxruntime.
-fn library() -> Option<PathBuf> {
-    let Some(folder) = std::env::var_os("NIBBLE_ORACLES") else { return missing("oracles: NIBBLE_ORACLES is not set") };
-    let folder = PathBuf::from(folder).join("onnxruntime/capi");
-    let files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|e| e.path());
-    let name = |p: &PathBuf| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let mut libraries: Vec<PathBuf> = files.filter(|p| name(p).starts_with("libonnxruntime.so")).collect();
-    libraries.sort();
-    libraries.pop().or_else(|| missing("onnxruntime's wheel has no libonnxruntime.so"))
-}
 
 #[test]
 fn onnx_runtime_gives_what_it_gives_in_python_and_any_tensor_by_name() {
-    let Some(path) = library() else { return };
+    let Some(path) = onnx_runtime() else { return };
     let library = OrtLibrary::open(&path).unwrap();
     let place = tempfile::tempdir().unwrap();
     let float = cnn();
@@ -39,6 +27,8 @@ fn onnx_runtime_gives_what_it_gives_in_python_and_any_tensor_by_name() {
         found.iter().map(|t| t.dims.clone()).collect::<Vec<_>>(),
         [vec![1, 10], vec![1, 32, 1, 1], vec![1, 16, 8, 8]]
     );
+    drop(library);
+    let library = OrtLibrary::open(&path).unwrap();
     let plain = Ort::new(&library, &float, &[], 1).unwrap().run(&feeds, &kept[..1]).unwrap();
     assert_eq!(plain[0].as_floats("logits").unwrap(), wanted);
     // The embedded engine computes the same function.
@@ -54,7 +44,7 @@ fn onnx_runtime_gives_what_it_gives_in_python_and_any_tensor_by_name() {
 
 #[test]
 fn what_onnx_runtime_refuses_is_said_by_name() {
-    let Some(path) = library() else { return };
+    let Some(path) = onnx_runtime() else { return };
     let place = tempfile::tempdir().unwrap();
     let nowhere = place.path().join("libonnxruntime.so");
     let error = OrtLibrary::open(&nowhere).err().unwrap().to_string();

@@ -13,6 +13,9 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+/// The library that this process has opened: it can't have a second one, nor the first one again once it is dropped.
+static OPENED: Mutex<Option<Environment>> = Mutex::new(None);
+
 /// The opened library.
 pub struct OrtLibrary {
     environment: Environment,
@@ -36,9 +39,15 @@ impl OrtLibrary {
         // A name without a folder would be looked for beside the program and then in the system's folders.
         let path = std::path::absolute(path).map_err(ModelError::io(path))?;
         std::fs::metadata(&path).map_err(ModelError::io(&path))?;
+        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(environment) = &*opened {
+            return Ok(OrtLibrary { environment: environment.clone() });
+        }
         let builder = ort::init_from(&path).map_err(|e| damaged(format!("not ONNX Runtime's library: {e}")))?;
         let environment = builder.with_name("nibble").with_telemetry(false).build();
-        Ok(OrtLibrary { environment: environment.map_err(|e| damaged(e.to_string()))? })
+        let environment = environment.map_err(|e| damaged(e.to_string()))?;
+        *opened = Some(environment.clone());
+        Ok(OrtLibrary { environment })
     }
 }
 
