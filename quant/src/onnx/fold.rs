@@ -3,6 +3,7 @@
 //! ```text
 //! Constant -> initializer      Identity, Dropout, Cast to the same type -> nothing
 //! nodes over constants only -> initializers (the caller's executor computes them)
+//! biases of attention's keys -> nothing
 //! Conv -> BatchNormalization, Conv -> Mul, MatMul -> Add -> Mul (by constants, per output channel) -> one layer
 //! ```
 //! Quantization comes after folding, so that a batch norm's gain is in the weights that are rounded. A node's name stays
@@ -10,6 +11,7 @@
 
 mod affine;
 mod constants;
+mod keys;
 
 use super::edit::apply;
 use super::graph::Graph;
@@ -145,6 +147,7 @@ pub fn fold(model: &mut Model, evaluate: Option<Evaluate>) -> Result<Folded> {
         folded.constants += constants::compute(model, &mut folded, evaluate)?;
     }
     while run(model, &mut folded, affine::absorb)? {}
+    run(model, &mut folded, keys::drop_biases)?;
     run(model, &mut folded, constants::prune)?;
     Ok(folded)
 }

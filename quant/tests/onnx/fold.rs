@@ -285,3 +285,58 @@ fn bad_batch_norms_are_refused_by_tensor() {
     let error = fold(&mut build(constant("v", &[N - 1], 1)), None).unwrap_err().to_string();
     assert!(error.contains("tensor `v`: 5 values for 6 channels of `BatchNormalization.z`"), "{error}");
 }
+
+/// Scores of 2 heads over 3 places, from keys with a bias.
+fn attention(axis: i64, perm: [i64; 4], heads: [i64; 4], scale: &[usize]) -> Model {
+    let ints = |name: &str, values: &[i64]| from_i64(name, &[values.len()], values);
+    let transpose = |perm: [i64; 4]| AttributeProto::new_ints("perm", &perm);
+    let nodes = vec![
+        node("MatMul", &["x", "wk"], "k"),
+        node("Add", &["k", "bk"], "kb"),
+        node("Reshape", &["kb", "heads"], "kr"),
+        node("Transpose", &["kr"], "kt").with(transpose(perm)),
+        node("MatMul", &["x", "wq"], "q"),
+        node("Reshape", &["q", "heads"], "qr"),
+        node("Transpose", &["qr"], "qt").with(transpose([0, 2, 1, 3])),
+        node("MatMul", &["qt", "kt"], "scores"),
+        node("Mul", &["scores", "scale"], "scaled"),
+        node("Add", &["scaled", "mask"], "masked"),
+        node("Softmax", &["masked"], "y").with(AttributeProto::new_int("axis", axis)),
+    ];
+    let constants = vec![
+        constant("wk", &[8, 8], 1),
+        constant("bk", &[8], 2),
+        constant("wq", &[8, 8], 3),
+        constant("scale", scale, 4),
+        constant("mask", &[1, 1, 1, 3], 5),
+        ints("heads", &heads),
+    ];
+    model(nodes, constants, ("x", &[1, 3, 8]), &["y"])
+}
+
+#[test]
+fn biases_of_keys_go_where_a_softmax_over_keys_follows() {
+    let with = |axis, perm, heads, scale: &[usize]| {
+        let mut model = attention(axis, perm, heads, scale);
+        let folded = fold(&mut model, None).unwrap();
+        let adds = ops(&model).iter().filter(|o| **o == "Add").count();
+        (adds == 1, folded.into.get("Add.kb").cloned())
+    };
+    let plain = ([0, 2, 3, 1], [0, 0, 2, 4]);
+    let gone = (true, Some(Some("MatMul.k".to_owned())));
+    assert_eq!(with(-1, plain.0, plain.1, &[1]), gone);
+    assert_eq!(with(3, plain.0, [1, -1, 2, 4], &[]), gone);
+    // Over queries; keys' places among heads; heads that don't divide the bias; a scale for each key.
+    for (axis, perm, heads, scale) in [
+        (2, plain.0, plain.1, &[1][..]),
+        (-1, [0, 1, 3, 2], plain.1, &[1]),
+        (-1, plain.0, [0, -1, 1, 4], &[1]),
+        (-1, plain.0, plain.1, &[3]),
+    ] {
+        assert_eq!(with(axis, perm, heads, scale), (false, None), "{axis} {perm:?} {heads:?} {scale:?}");
+    }
+    let mut read_twice = attention(-1, plain.0, plain.1, &[1]);
+    read_twice.graph_mut().output.push(value("kb", &[1, 3, 8]));
+    fold(&mut read_twice, None).unwrap();
+    assert!(ops(&read_twice).iter().filter(|o| **o == "Add").count() == 2);
+}
