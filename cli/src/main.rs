@@ -16,6 +16,7 @@ mod limits;
 mod output;
 mod planning;
 mod progress;
+mod report;
 mod running;
 mod session;
 

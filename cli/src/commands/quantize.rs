@@ -1,5 +1,7 @@
 //! `nibble quantize`: a checkpoint becomes small.
 
+mod page;
+
 use super::Run;
 use super::calibrate::{CalibrationWords, in_words};
 use crate::arguments::Threads;
@@ -60,6 +62,9 @@ pub struct Quantize {
     /// Write the rules that were carried out to a TOML file, for --recipe
     #[arg(long, value_name = "FILE")]
     save_recipe: Option<PathBuf>,
+    /// Also write a page (HTML, one file) that shows sizes, errors of each tensor, and the trial
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
     /// Print what would be done and the memory it would take, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -159,6 +164,9 @@ impl Run for Quantize {
         let fallbacks = convert::fallbacks(&plan, &stats);
         say_fallbacks(&fallbacks);
         let trial = gate.as_ref().and_then(Gate::report);
+        if let Some(file) = &self.report {
+            page::page(&self.source, &self.output, &report, trial).save(file)?;
+        }
         print_report(session, &self.wishes, &report, &fallbacks, trial)
     }
 }
