@@ -67,7 +67,9 @@ variants() {
     quantize "nibble, ranges alone" "$@" --no-fine --headroom 1 --no-equalize --no-bias-correction
 }
 
-for model in ${*:-lite0 vit minilm}; do
+# bench MODEL: its samples, what nibble makes of it (variants), and the table.
+bench() {
+    local model="$1" calib
     say "$model"
     OURS=()
     calib="$WORK/$model-calib.npy"
@@ -96,4 +98,8 @@ for model in ${*:-lite0 vit minilm}; do
         ;;
     *) die "no model \`$model\`" "known: lite0 vit minilm" ;;
     esac
-done
+}
+
+# Sourced by scripts/capstone.sh.
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0
+for model in ${*:-lite0 vit minilm}; do bench "$model"; done

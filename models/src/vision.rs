@@ -4,11 +4,15 @@
 //! pictures, arrays --data--> samples --calibrate--> ranges --> a quantized model --evaluate--> agreement, SQNR
 //! ```
 
+pub mod adaround;
 pub mod calibrate;
 pub mod data;
+pub mod diagnose;
 pub mod evaluate;
 pub mod export;
 pub mod latency;
+pub mod mixed;
 pub mod picture;
+pub mod prepare;
 pub mod pth;
 pub mod text;

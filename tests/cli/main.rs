@@ -13,6 +13,7 @@ mod json;
 mod kill;
 mod qat;
 mod quality;
+mod rescue;
 #[path = "../../quant/tests/onnx/small.rs"]
 mod small;
 mod smollm2;

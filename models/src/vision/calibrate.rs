@@ -8,7 +8,7 @@ use crate::graph::{GraphRunner, Rten, Tensor};
 use crate::{ModelError, Result};
 use nibble_quant::Range;
 use nibble_quant::observer::{Choice, Observed, Statistics};
-use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, Scaled, equalize, sites};
+use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, Scaled, equalize, layers, sites};
 use nibble_quant::onnx::plan::Kind;
 use nibble_quant::onnx::weights::reads_channels;
 use nibble_quant::onnx::{Calibration, Graph, Model, Plan};
@@ -311,6 +311,23 @@ pub fn equalize_channels(
     let seen = observe(model, &[], channels, data, false, options, progress)?;
     let fine = fine_tensors(model, plan, &seen.ranks)?;
     Ok(equalize(model, &statistics(&seen), &fine)?)
+}
+
+/// Brings the weights of neighbouring layers to like ranges: how many tensors between them changed. The float function is
+/// what it was on these samples.
+///
+/// # Errors
+/// As [`observe`].
+pub fn equalize_weights(
+    model: &mut Model,
+    data: &Data,
+    options: &CalibrateOptions,
+    progress: &mut dyn FnMut(),
+) -> Result<usize> {
+    let between = layers::tensors(&Graph::new(model.graph())?);
+    let channels = between.into_iter().map(|(name, axis)| (name, Channels::along(axis))).collect();
+    let seen = observe(model, &[], channels, data, false, options, progress)?;
+    Ok(layers::equalize_layers(model, &statistics(&seen))?)
 }
 
 /// [`equalize_channels`] and [`calibrate`] in one run over the samples, for observers that read ranges alone: factors
