@@ -4,7 +4,6 @@
 //! pictures, arrays --data--> samples --calibrate--> ranges --> a quantized model --evaluate--> agreement, SQNR
 //! ```
 
-pub mod adaround;
 pub mod calibrate;
 pub mod data;
 pub mod diagnose;

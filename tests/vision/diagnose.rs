@@ -11,10 +11,10 @@ use nibble_quant::onnx::{Model, Selector, Settings};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-const STOP: &AtomicBool = &AtomicBool::new(false);
+static STOP: AtomicBool = AtomicBool::new(false);
 
 pub(super) fn calibrating(observer: &str) -> CalibrateOptions<'static> {
-    CalibrateOptions { observer: choose(observer).unwrap(), threads: 1, correct_bias: true, headroom: 1.0, stop: STOP }
+    CalibrateOptions { observer: choose(observer).unwrap(), threads: 1, correct_bias: true, headroom: 1.0, stop: &STOP }
 }
 
 pub(super) fn prepared(float: &Model, file: &Path, observer: &str) -> Prepared {
@@ -25,7 +25,7 @@ pub(super) fn prepared(float: &Model, file: &Path, observer: &str) -> Prepared {
 }
 
 fn found(prepared: &Prepared, data: &Data, threads: usize, state: &mut State) -> Sensitivity {
-    sensitivity(prepared, data, None, threads, state, STOP, &|| ()).unwrap()
+    sensitivity(prepared, data, None, threads, state, &STOP, &|| ()).unwrap()
 }
 
 /// The error of a model over samples, run whole.
@@ -111,12 +111,12 @@ fn a_diagnosis_goes_on_where_it_was_stopped_and_does_not_depend_on_threads() {
     let mut symmetric = prepared.clone();
     symmetric.plan.settings.weights.bits = 7;
     let mut state = State::open(&path).unwrap();
-    let error = sensitivity(&symmetric, &data(None), None, 1, &mut state, STOP, &|| ()).unwrap_err().to_string();
+    let error = sensitivity(&symmetric, &data(None), None, 1, &mut state, &STOP, &|| ()).unwrap_err().to_string();
     assert!(error.contains("state.json") && error.contains("of other settings"), "{error}");
     std::fs::write(&path, &first[..first.len() / 2]).unwrap();
     assert!(State::open(&path).unwrap_err().to_string().contains("state.json: holds no state"));
     let labels = [0usize; 3];
-    let error = sensitivity(&prepared, &data(None), Some(&labels), 1, &mut State::none(), STOP, &|| ());
+    let error = sensitivity(&prepared, &data(None), Some(&labels), 1, &mut State::none(), &STOP, &|| ());
     assert!(error.unwrap_err().to_string().contains("3 of them"));
 }
 

@@ -140,7 +140,8 @@ pub fn allocate(
     let layers = layers(&graph, &prepared.plan);
     let choices = choices(prepared, &graph, layers, effects_of, judge, progress)?;
     let path = path(&choices);
-    let mut search = Search { prepared, goal, judge, progress, choices, attempts: Vec::new(), float: None };
+    let mut search =
+        Search { prepared, goal, judge, progress, choices, attempts: Vec::new(), known: BTreeMap::new(), float: None };
     let all: Vec<usize> = (0..path.len()).collect();
     let (mut fewest, mut most) = (0, path.len());
     // With a size the most upgrades that fit are wanted, otherwise the fewest that do.
@@ -157,10 +158,10 @@ pub fn allocate(
     }
     let mut kept: Vec<usize> = all[..fewest].to_vec();
     if !search.measure(&path, &kept)?.good {
-        let last = search.attempts.last();
+        let reached = search.measure(&path, &kept)?;
         let why = match goal {
-            Goal::Bytes(_) => format!("{} bytes with all layers in integers", last.map_or(0, |a| a.bytes)),
-            _ => format!("not reached with all layers in float: {last:?}"),
+            Goal::Bytes(_) => format!("{} bytes with all layers in integers", reached.bytes),
+            _ => format!("not reached with all layers in float: {reached:?}"),
         };
         return Err(ModelError::Setting { what: "the goal".into(), why });
     }
@@ -277,6 +278,7 @@ struct Search<'a> {
     progress: &'a (dyn Fn(&str) + Sync),
     choices: Vec<LayerChoice>,
     attempts: Vec<Attempt>,
+    known: BTreeMap<Vec<Precision>, Attempt>,
     float: Option<Rten>,
 }
 
@@ -316,12 +318,16 @@ impl Search<'_> {
         Ok((roomy.plan, model))
     }
 
-    /// Makes and judges a model.
+    /// Makes and judges a model, once.
     fn measure(&mut self, path: &[Upgrade], kept: &[usize]) -> Result<Attempt> {
         let precisions = self.precisions(path, kept);
+        if let Some(known) = self.known.get(&precisions) {
+            return Ok(known.clone());
+        }
         let (_, model) = self.make(&precisions)?;
         let attempt = self.judge(&model, &precisions, kept.len())?;
         self.attempts.push(attempt.clone());
+        self.known.insert(precisions, attempt.clone());
         Ok(attempt)
     }
 
@@ -368,13 +374,9 @@ impl Search<'_> {
     }
 
     fn finish(mut self, path: &[Upgrade], kept: &[usize]) -> Result<Mixed> {
+        let chosen = self.measure(path, kept)?;
         let precisions = self.precisions(path, kept);
         let (plan, model) = self.make(&precisions)?;
-        let known = self.attempts.iter().rev().find(|a| a.good && a.upgrades == kept.len()).cloned();
-        let chosen = match known {
-            Some(known) => known,
-            None => self.judge(&model, &precisions, kept.len())?,
-        };
         for (choice, precision) in self.choices.iter_mut().zip(precisions) {
             choice.precision = precision;
         }

@@ -6,7 +6,7 @@ use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
 use nibble_models::graph::{fold_model, inputs};
-use nibble_models::vision::adaround::{Learning, learn};
+use nibble_models::qat::adaround::{Learning, learn};
 use nibble_models::vision::calibrate::CalibrateOptions;
 use nibble_models::vision::data::Data;
 use nibble_models::vision::diagnose::layers;

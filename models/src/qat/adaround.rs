@@ -9,12 +9,12 @@
 //! are its windows; a depthwise one has an H a channel. With biases corrected, H is of deviations from the mean. A row
 //! that ends up worse than rounded to the nearest keeps that.
 
-use super::calibrate::CalibrateOptions;
-use super::data::Data;
-use super::diagnose::{Layer, layers};
-use super::prepare::Prepared;
+use super::optimizer::{Group, Method, Optimizer, cosine};
 use crate::graph::{GraphRunner, Rten};
-use crate::qat::optimizer::{Group, Method, Optimizer, cosine};
+use crate::vision::calibrate::CalibrateOptions;
+use crate::vision::data::Data;
+use crate::vision::diagnose::{Layer, layers};
+use crate::vision::prepare::Prepared;
 use crate::{ModelError, Result};
 use candle_core::{D, Device, Tensor, Var};
 use nibble_quant::onnx::Graph;
