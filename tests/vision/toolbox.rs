@@ -8,8 +8,9 @@ use nibble_models::qat::adaround::{Learning, learn};
 use nibble_models::vision::calibrate::equalize_weights;
 use nibble_models::vision::data::Data;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare};
+use nibble_quant::onnx::equalize::absorb::{self, Moments, absorb};
 use nibble_quant::onnx::tensor::{floats, from_f32};
-use nibble_quant::onnx::{External, Model, Settings};
+use nibble_quant::onnx::{External, Graph, Model, Settings};
 use std::path::Path;
 
 /// [`cnn`] whose depthwise weights differ in size from channel to channel, and what reads them the other way round: what
@@ -130,5 +131,60 @@ fn learned_rounding_is_never_worse_than_the_nearest_and_better_on_the_whole() {
         let Some(compared) = onnxruntime(&words) else { continue };
         let found = 10.0 * (compared["signal"].as_f64().unwrap() / compared["noise"].as_f64().unwrap()).log10();
         assert!((found - better).abs() < 1.0, "{name}: {found} dB in onnxruntime, {better} dB here");
+    }
+}
+
+/// A linear layer whose outputs are far from zero, a Relu, and one that reads it.
+#[test]
+fn what_channels_never_fall_below_moves_into_the_next_bias() {
+    let place = tempfile::tempdir().unwrap();
+    for (name, mut float) in [("gemms", mlp(&[1, 32], true)), ("products", mlp(&[1, 5, 32], false))] {
+        for tensor in &mut float.graph_mut().initializer {
+            if tensor.name() == "b1" {
+                *tensor =
+                    from_f32("b1", &[64], &(0..64).map(|c| if c % 2 == 0 { 40.0 } else { 0.5 }).collect::<Vec<_>>());
+            }
+        }
+        let file = samples(&float, 32, place.path());
+        let data = Data::open(&file, &inputs(&float), options()).unwrap();
+        let mut folded = float.clone();
+        fold_model(&mut folded, 1).unwrap();
+        let reach = |model: &Model| {
+            let wanted = ["r".to_owned()];
+            let runner = Rten::new(model, &wanted, 1).unwrap();
+            let mut largest = 0f32;
+            data.each(&mut |sample, _| {
+                let r = runner.run(&sample, &wanted)?.remove(0);
+                largest = r.as_floats("r")?.iter().fold(largest, |m, v| m.max(*v));
+                Ok(true)
+            })
+            .unwrap();
+            largest
+        };
+        let graph = Graph::new(folded.graph()).unwrap();
+        let axes = absorb::tensors(&graph);
+        assert_eq!(axes.keys().collect::<Vec<_>>(), ["h"], "{name}");
+        // A deviation of zero: as much as can be is taken out.
+        let smallest = |c: usize| {
+            let wanted = ["h".to_owned()];
+            let runner = Rten::new(&folded, &wanted, 1).unwrap();
+            let mut least = f32::MAX;
+            data.each(&mut |sample, _| {
+                let h = runner.run(&sample, &wanted)?.remove(0);
+                least = h.as_floats("h")?.iter().skip(c).step_by(64).fold(least, |m, v| m.min(*v));
+                Ok(true)
+            })
+            .unwrap();
+            f64::from(least).max(0.0)
+        };
+        let means: Vec<f64> = (0..64).map(smallest).collect();
+        assert!(means.iter().step_by(2).all(|&c| c > 5.0), "{name}: {means:?}");
+        let squares = means.iter().map(|m| (m * m) as f32).collect();
+        let seen = [("h".to_owned(), Moments { means, squares })].into();
+        let mut absorbed = folded.clone();
+        assert_eq!(absorb(&mut absorbed, &seen).unwrap(), 1, "{name}");
+        let off = difference(&logits(&absorbed, &data), &logits(&folded, &data));
+        assert!(off < 1e-4, "{name}: {off}");
+        assert!(reach(&absorbed) < 0.8 * reach(&folded), "{name}: {} of {}", reach(&absorbed), reach(&folded));
     }
 }

@@ -8,6 +8,7 @@ use crate::graph::{GraphRunner, Rten, Tensor};
 use crate::{ModelError, Result};
 use nibble_quant::Range;
 use nibble_quant::observer::{Choice, Observed, Statistics};
+use nibble_quant::onnx::equalize::absorb::{self, Moments};
 use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, Scaled, equalize, layers, sites};
 use nibble_quant::onnx::plan::Kind;
 use nibble_quant::onnx::weights::reads_channels;
@@ -313,8 +314,9 @@ pub fn equalize_channels(
     Ok(equalize(model, &statistics(&seen), &fine)?)
 }
 
-/// Brings the weights of neighbouring layers to like ranges: how many tensors between them changed. The float function is
-/// what it was on these samples.
+/// Takes out of activations what their channels never fall below, and brings the weights of neighbouring layers to like
+/// ranges: how many activations changed. The float function is what it was on these samples, but for values that are
+/// three deviations below a channel's mean.
 ///
 /// # Errors
 /// As [`observe`].
@@ -324,10 +326,13 @@ pub fn equalize_weights(
     options: &CalibrateOptions,
     progress: &mut dyn FnMut(),
 ) -> Result<usize> {
-    let between = layers::tensors(&Graph::new(model.graph())?);
-    let channels = between.into_iter().map(|(name, axis)| (name, Channels::along(axis))).collect();
+    let graph = Graph::new(model.graph())?;
+    let between = layers::tensors(&graph).into_iter().chain(absorb::tensors(&graph));
+    let channels = between.map(|(name, axis)| (name, Channels::along(axis))).collect();
     let seen = observe(model, &[], channels, data, false, options, progress)?;
-    Ok(layers::equalize_layers(model, &statistics(&seen))?)
+    let moments = |c: &Channels| Moments { means: c.means(), squares: c.moments() };
+    let moments = seen.channels.iter().map(|(name, c)| (name.clone(), moments(c))).collect();
+    Ok(absorb::absorb(model, &moments)? + layers::equalize_layers(model, &statistics(&seen))?)
 }
 
 /// [`equalize_channels`] and [`calibrate`] in one run over the samples, for observers that read ranges alone: factors
