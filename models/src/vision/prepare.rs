@@ -69,10 +69,23 @@ pub fn prepare(
             (plan, calibration)
         }
     };
-    Ok(Prepared { model, folded, plan, calibration })
+    let mut prepared = Prepared { model, folded, plan, calibration };
+    prepared.spread();
+    Ok(prepared)
 }
 
 impl Prepared {
+    /// Tensors that share another one's scale get its range: with other settings they may have to have their own.
+    fn spread(&mut self) {
+        let Prepared { plan, calibration, .. } = self;
+        for (tensor, root) in &plan.scales {
+            let range = plan.fixed.get(root).or_else(|| calibration.ranges.get(root)).copied();
+            if let Some(range) = range {
+                calibration.ranges.entry(tensor.clone()).or_insert(range);
+            }
+        }
+    }
+
     /// The model in integers, as planned.
     ///
     /// # Errors
