@@ -23,18 +23,17 @@ DATA=(--data "$WORK/train.npz" --valid "$WORK/valid.npz" --force --json)
 export RAYON_NUM_THREADS=1
 QAT_EPOCHS="${QAT_EPOCHS:-20}"
 
-for arch in ${*:-cnn vit}; do
-    say "$arch"
-    "$NIBBLE" vision train --arch "$arch" "${DATA[@]}" --threads 1 --epochs "${EPOCHS:-40}" --shift 2 -o "$WORK/$arch.onnx" >"$WORK/$arch.json"
-    RUNS=("float=$WORK/$arch.onnx=$WORK/$arch.json")
-    # run LABEL OPTION...: one quantized model.
-    run() {
-        local label="$1" name
-        shift
-        name="$WORK/$arch-$(printf '%s' "$label" | tr -cs 'A-Za-z0-9\n' -)"
-        "$NIBBLE" vision qat "$WORK/$arch.onnx" "${DATA[@]}" --threads 1 -o "$name.onnx" "$@" >"$name.json"
-        RUNS+=("$label=$name.onnx=$name.json")
-    }
+# run LABEL OPTION...: one quantized model.
+run() {
+    local label="$1" name
+    shift
+    name="$WORK/$arch-$(printf '%s' "$label" | tr -cs 'A-Za-z0-9\n' -)"
+    "$NIBBLE" vision qat "$WORK/$arch.onnx" "${DATA[@]}" --threads 1 -o "$name.onnx" "$@" >"$name.json"
+    RUNS+=("$label=$name.onnx=$name.json")
+}
+
+# runs: every quantized model of the table.
+runs() {
     run "W8A8 PTQ" --epochs 0
     run "W8A8 QAT" --epochs "$QAT_EPOCHS" --shift 2
     for bits in 4 3; do
@@ -43,10 +42,23 @@ for arch in ${*:-cnn vit}; do
         done
         run "W${bits}A$bits QAT" --epochs "$QAT_EPOCHS" --shift 2 --lsq --distill --weight-bits "$bits" --activation-bits "$bits"
     done
+}
+
+# digits ARCH: trains it, and prints the table.
+digits() {
+    local arch="$1"
+    say "$arch"
+    "$NIBBLE" vision train --arch "$arch" "${DATA[@]}" --threads 1 --epochs "${EPOCHS:-40}" --shift 2 -o "$WORK/$arch.onnx" >"$WORK/$arch.json"
+    RUNS=("float=$WORK/$arch.onnx=$WORK/$arch.json")
+    runs
     printf '\n%s:\n\n' "$arch"
     oracle "$TABLE" table "$WORK/valid.npz" "${RUNS[@]}"
     if [ -n "${TORCH:-}" ]; then
         printf '\n%s, seconds an epoch of INT8 QAT on one thread:\n\n' "$arch"
         oracle "$TABLE" epochs "$NIBBLE" "$TORCH" "$WORK/$arch.onnx" "$WORK/train.npz" "$WORK/valid.npz" "$WORK"
     fi
-done
+}
+
+# Sourced by scripts/capstone.sh.
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0
+for arch in ${*:-cnn vit}; do digits "$arch"; done

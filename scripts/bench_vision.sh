@@ -98,7 +98,9 @@ print("| nibble, {} | {:.1f} | {:.0f} |".format(sys.argv[1], r["seconds"], r["pe
     done
 }
 
-for model in ${*:-lite0 vit minilm}; do
+# bench MODEL: its samples, what nibble makes of it (variants), and the table.
+bench() {
+    local model="$1" calib
     say "$model"
     OURS=()
     calib="$WORK/$model-calib.npy"
@@ -131,4 +133,8 @@ for model in ${*:-lite0 vit minilm}; do
         ;;
     *) die "no model \`$model\`" "known: lite0 vit minilm cost" ;;
     esac
-done
+}
+
+# Sourced by scripts/capstone.sh.
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0
+for model in ${*:-lite0 vit minilm}; do bench "$model"; done

@@ -44,6 +44,13 @@ need_cargo() {
     command -v cc >/dev/null 2>&1 || die "a C compiler (\`cc\`) is needed and was not found" "Debian: apt-get install gcc libc6-dev"
 }
 
+# Chromium, where it is missing and may be installed.
+install_browser() {
+    ! command -v chromium chromium-browser google-chrome >/dev/null 2>&1 || return 0
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || return 1
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >"$CACHE/browser.log" 2>&1
+}
+
 sha256_of() { python3 -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest()) if hasattr(hashlib, "file_digest") else print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"; }
 
 # fetch_wheel NAME VERSION SHA256 DIR [PIP-OPTION...]: downloads one pinned wheel into DIR and prints its path.

@@ -22,6 +22,9 @@ say "models and texts"
 # shellcheck disable=SC2086 # a list of words
 "$REPO/scripts/fetch_assets.sh" $TEST_ASSETS || warn "some models are missing: the tests that need them will be counted, not run"
 
+say "a browser to open reports in"
+install_browser || warn "there is no Chromium: reports are read as text only"
+
 say "oracles"
 install_oracles || warn "the Python oracles are missing: the tests that need them will be counted, not run"
 

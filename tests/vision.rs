@@ -1,10 +1,13 @@
 //! ONNX models as onnxruntime sees them: folding and export leave the function as it was, and what a plan calls integer
 //! is integer in the graph that onnxruntime runs.
 
+mod diagnose;
 mod equalize;
 mod export;
+mod mixed;
 #[cfg(feature = "ort")]
 mod ort;
+mod toolbox;
 
 use crate::assets::{asset, repository};
 use crate::fetched::oracle;

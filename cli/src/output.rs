@@ -1,8 +1,17 @@
 //! What commands print: aligned tables for people, JSON for programs.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::io::{ErrorKind, Write};
+use std::path::Path;
+
+/// Refuses to replace a file without being told to.
+pub fn may_write(path: &Path, force: bool) -> Result<()> {
+    if path.exists() && !force {
+        bail!("{}: is there already; --force replaces it", path.display());
+    }
+    Ok(())
+}
 
 /// Columns of text, aligned as a Markdown table; columns whose cells all look like numbers go to the right.
 pub struct Table {

@@ -202,16 +202,19 @@ impl Part {
 
 fn table(out: &mut String, head: &[String], rows: &[Vec<String>]) {
     out.push_str("<div class=\"wide\" tabindex=\"0\"><table><thead><tr>");
-    head.iter().for_each(|h| {
-        let _ = write!(out, "<th scope=\"col\">{}</th>", escape(h));
-    });
+    let number = |cell: &str| cell.chars().next().is_none_or(|c| c.is_ascii_digit() || c == '-');
+    let class = |column: usize| {
+        let mut cells = rows.iter().filter_map(|row| row.get(column));
+        if column > 0 && cells.all(|cell| number(cell)) { " class=\"number\"" } else { "" }
+    };
+    for (i, name) in head.iter().enumerate() {
+        let _ = write!(out, "<th scope=\"col\"{}>{}</th>", class(i), escape(name));
+    }
     out.push_str("</tr></thead><tbody>\n");
     for row in rows {
         out.push_str("<tr>");
         for (i, cell) in row.iter().enumerate() {
-            let number = i > 0 && cell.chars().next().is_none_or(|c| c.is_ascii_digit() || c == '-');
-            let class = if number { " class=\"number\"" } else { "" };
-            let _ = write!(out, "<td{class}>{}</td>", escape(cell));
+            let _ = write!(out, "<td{}>{}</td>", class(i), escape(cell));
         }
         out.push_str("</tr>\n");
     }

@@ -7,6 +7,7 @@
 //! [`arch`] makes models to train from scratch, [`dataset`] reads samples with labels, [`net`] is a graph as a network,
 //! [`train`] the loop around it.
 
+pub mod adaround;
 pub mod arch;
 pub mod checkpoint;
 pub mod dataset;

@@ -7,9 +7,12 @@
 mod arrays;
 pub mod calibrate;
 pub mod data;
+pub mod diagnose;
 pub mod evaluate;
 pub mod export;
 pub mod latency;
+pub mod mixed;
 pub mod picture;
+pub mod prepare;
 pub mod pth;
 pub mod text;

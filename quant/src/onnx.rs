@@ -5,12 +5,14 @@
 //! ```
 //! Weights stay ranges of the mapped file until something changes them, and what isn't understood is passed through.
 
+pub mod branch;
 pub mod edit;
 pub mod equalize;
 pub mod file;
 pub mod fold;
 pub mod graph;
 pub mod groups;
+pub mod isolate;
 pub mod opset;
 pub mod plan;
 pub mod proto;

@@ -7,7 +7,8 @@
 
 KIND is `cnn` (classes out) or `encoder` (a vector a token out). CALIB and EVAL are an .npy of samples, or a .txt with a
 text a line beside TOKENIZER (an environment variable: a tokenizer.json). onnxruntime's quantizer runs here, on the same
-calibration samples, each configuration in a process of its own, into FOLDER; SECONDS and BYTES are what nibble took.
+calibration samples, each configuration in a process of its own, into FOLDER (PEERS names them, if all that are usual for
+the kind aren't wanted); SECONDS and BYTES are what nibble took.
 
 Figures: SQNR of the first output over all samples. Of classes: same largest one, and the mean divergence of the
 probabilities (KL, nats). Of tokens: the same nearest neighbour of the first token (of texts: of the mean). Milliseconds a
@@ -59,6 +60,7 @@ LABELS = {
     "linear": "ort minmax, linear layers only, no output Q",
     "linear-percentile": "ort percentile 99.999, linear layers only, no output Q",
     "dynamic": "ort dynamic, per channel",
+    "naive": "ort minmax, per tensor, every operator",
 }
 
 
@@ -93,9 +95,14 @@ def make(what, path, calib, out):
         }
     method = CalibrationMethod.Percentile if "percentile" in what else CalibrationMethod.MinMax
     quantize_static(
-        prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+        prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=what != "naive", activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8, calibrate_method=method, **more,
     )
+
+
+def usual(kind):
+    """Those that PEERS names, else all that are usual for a kind."""
+    return os.environ["PEERS"].split() if "PEERS" in os.environ else CNN if kind == "cnn" else ENCODER
 
 
 def theirs(configurations, path, calib, folder):
@@ -136,7 +143,7 @@ def score(kind, base, out, text):
 
 
 def table(kind, path, calib, evaluation, folder, *ours):
-    models = [("float", path, None, None), *theirs(CNN if kind == "cnn" else ENCODER, path, calib, folder)]
+    models = [("float", path, None, None), *theirs(usual(kind), path, calib, folder)]
     for arg in ours:
         name, model, *took = arg.split("=")
         seconds, peak = (float(t) for t in took) if took else (None, None)
@@ -156,14 +163,15 @@ def table(kind, path, calib, evaluation, folder, *ours):
                 times[label, threads].append(1e3 * (time.perf_counter() - start))
     agree = "top-1 agreement" if kind == "cnn" else "nearest neighbour"
     print(f"{len(samples)} samples to judge by\n")
-    print(f"| model | SQNR dB | {agree} % | KL | ms, 1 thread | ms, 2 threads | MB | s to make | peak MB |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(f"| model | SQNR dB | {agree} % | KL | ms, 1 thread | ms, 2 threads | speed-up | MB | s to make | peak MB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for label, model, seconds, peak in models:
         sqnr, same, divergence = score(kind, results["float"], results[label], evaluation.endswith(".txt"))
         ms = ["{:.2f} ({:.2f})".format(*np.percentile(times[label, t], [10, 50])) for t in (1, 2)]
         made = ["" if v is None else f"{v:.1f}" for v in (seconds, None if peak is None else peak / 1e6)]
+        faster = np.percentile(times["float", 1], 10) / np.percentile(times[label, 1], 10)
         size = f"{os.path.getsize(model) / 1e6:.1f}"
-        print(f"| {label} | {sqnr} | {same:.1f} | {divergence} | {ms[0]} | {ms[1]} | {size} | {made[0]} | {made[1]} |")
+        print(f"| {label} | {sqnr} | {same:.1f} | {divergence} | {ms[0]} | {ms[1]} | {faster:.2f}x | {size} | {made[0]} | {made[1]} |")
 
 
 def main():

@@ -13,6 +13,8 @@ mod json;
 mod kill;
 mod qat;
 mod quality;
+mod report;
+mod rescue;
 #[path = "../../quant/tests/onnx/small.rs"]
 mod small;
 mod smollm2;

@@ -23,11 +23,19 @@ fn an_output_that_is_worse_than_allowed_is_not_left_behind() {
     place.run(&["verify", "out"]).ok();
 
     let judged = ["quantize", "float", "-o", "fine", "--scheme", "int8-g32", "--eval", "text", "--json"];
+    let judged = [&judged[..], &["--report", "page.html"]].concat();
     let trial = &place.run(&judged).json()["trial"];
     assert_eq!(trial["eval"]["chunks"], 4);
     assert!((0.0..0.01).contains(&trial["eval"]["kl"]["mean"].as_f64().unwrap()), "{trial}");
     assert!(trial["prompt"].as_str().unwrap().starts_with("the quick"), "{trial}");
     assert!(trial["before"].is_string() && trial["after"].is_string(), "{trial}");
+    let page = std::fs::read_to_string(place.path("page.html")).unwrap();
+    for part in
+        ["fine quantized", "from float", "model.layers.0.mlp.up_proj.weight", "perplexity x", "--report page.html"]
+    {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(place.run(&judged).error(1).contains("page.html: is there already"));
 }
 
 #[test]

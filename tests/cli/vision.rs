@@ -20,7 +20,7 @@ fn write_npy(path: &Path, dims: &[usize], values: &[f32]) {
 }
 
 /// A folder with `model.onnx` (two Convs, a Relu, a classifier) and samples for it.
-fn place() -> Place {
+pub(super) fn place() -> Place {
     let place = Place::new();
     let nodes = vec![
         node("Conv", &["x", "w1", "b1"], "c1"),
@@ -43,7 +43,7 @@ fn place() -> Place {
     place
 }
 
-const QUANTIZE: [&str; 7] = ["vision", "quantize", "model.onnx", "-o", "int8.onnx", "--calib", "calib.npy"];
+pub(super) const QUANTIZE: [&str; 7] = ["vision", "quantize", "model.onnx", "-o", "int8.onnx", "--calib", "calib.npy"];
 
 #[test]
 fn a_model_is_quantized_and_judged() {

@@ -117,6 +117,7 @@ impl Effort {
 impl Run for Quantize {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
+        self.report.iter().try_for_each(|file| output::may_write(file, self.force))?;
         let mut recipe = self.wishes.recipe()?;
         let path = crate::hub::checkpoint(session, &self.source)?;
         let (source, extra) = open(session, &path)?;

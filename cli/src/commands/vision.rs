@@ -1,12 +1,16 @@
 //! `nibble vision`: ONNX models of pictures (and other encoders) in 8-bit integers.
 
 mod data;
+mod diagnose;
 mod engine;
 mod eval;
 mod export;
 mod inspect;
+mod mixed;
+mod page;
 mod qat;
 mod quantize;
+mod recipe;
 mod train;
 
 use super::Run;
@@ -30,6 +34,7 @@ enum What {
     Quantize(quantize::Quantize),
     Inspect(inspect::Inspect),
     Eval(eval::Eval),
+    Diagnose(diagnose::Diagnose),
     Export(export::Export),
     Data(data::Data),
     Train(train::Train),
@@ -42,6 +47,7 @@ impl Run for Vision {
             What::Quantize(quantize) => quantize.run(session),
             What::Inspect(inspect) => inspect.run(session),
             What::Eval(eval) => eval.run(session),
+            What::Diagnose(diagnose) => diagnose.run(session),
             What::Export(export) => export.run(session),
             What::Data(data) => data.run(session),
             What::Train(train) => train.run(session),

@@ -8,7 +8,8 @@ use crate::graph::{GraphRunner, Rten, Tensor};
 use crate::{ModelError, Result};
 use nibble_quant::Range;
 use nibble_quant::observer::{Choice, Observed, Statistics};
-use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, Scaled, equalize, sites};
+use nibble_quant::onnx::equalize::absorb::{self, Moments};
+use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, Scaled, equalize, layers, sites};
 use nibble_quant::onnx::plan::Kind;
 use nibble_quant::onnx::weights::reads_channels;
 use nibble_quant::onnx::{Calibration, Graph, Model, Plan};
@@ -312,6 +313,27 @@ pub fn equalize_channels(
     let seen = observe(model, &[], channels, data, false, options, progress)?;
     let fine = fine_tensors(model, plan, &seen.ranks)?;
     Ok(equalize(model, &statistics(&seen), &fine)?)
+}
+
+/// Takes out of activations what their channels never fall below, and brings the weights of neighbouring layers to like
+/// ranges: how many activations changed. The float function is what it was on these samples, but for values that are
+/// three deviations below a channel's mean.
+///
+/// # Errors
+/// As [`observe`].
+pub fn equalize_weights(
+    model: &mut Model,
+    data: &Data,
+    options: &CalibrateOptions,
+    progress: &mut dyn FnMut(),
+) -> Result<usize> {
+    let graph = Graph::new(model.graph())?;
+    let between = layers::tensors(&graph).into_iter().chain(absorb::tensors(&graph));
+    let channels = between.map(|(name, axis)| (name, Channels::along(axis))).collect();
+    let seen = observe(model, &[], channels, data, false, options, progress)?;
+    let moments = |c: &Channels| Moments { means: c.means(), squares: c.moments() };
+    let moments = seen.channels.iter().map(|(name, c)| (name.clone(), moments(c))).collect();
+    Ok(absorb::absorb(model, &moments)? + layers::equalize_layers(model, &statistics(&seen))?)
 }
 
 /// [`equalize_channels`] and [`calibrate`] in one run over the samples, for observers that read ranges alone: factors

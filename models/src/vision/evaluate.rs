@@ -59,7 +59,7 @@ struct Sums {
     overflow: bool,
 }
 
-fn argmax(values: &[f32]) -> usize {
+pub(super) fn argmax(values: &[f32]) -> usize {
     values.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &v)| if v > best.1 { (i, v) } else { best }).0
 }
 
@@ -70,7 +70,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// The divergence of `softmax(b)` from `softmax(a)`, in nats.
-fn divergence(a: &[f32], b: &[f32]) -> f64 {
+pub(super) fn divergence(a: &[f32], b: &[f32]) -> f64 {
     let log_total = |scores: &[f32]| {
         let largest = f64::from(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         largest + scores.iter().map(|&s| (f64::from(s) - largest).exp()).sum::<f64>().ln()

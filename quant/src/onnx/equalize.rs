@@ -9,6 +9,8 @@
 //! consumer takes up costs a little. How much goes where is chosen by the error that is expected of both (after
 //! SmoothQuant, arXiv 2211.10438, and cross-layer equalization, arXiv 1906.04721, which fix it).
 
+pub mod absorb;
+pub mod layers;
 mod sites;
 
 pub use sites::{Axis, Consumer, Producer, Site, sites};

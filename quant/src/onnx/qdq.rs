@@ -21,6 +21,7 @@ use super::opset;
 use super::plan::{Mode, Packing, Plan};
 use super::proto::*;
 use super::tensor::{from_16, from_f32, from_i8, from_i32, from_u8};
+use super::weights::Weight;
 use super::{Graph, Model};
 use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
@@ -46,6 +47,8 @@ pub struct Calibration {
     pub means: BTreeMap<String, Vec<f64>>,
     /// Products of the channels of layers' inputs with each other, by tensor, for algorithms that make use of them.
     pub inputs: BTreeMap<String, Arc<Input>>,
+    /// Weights that are in integers already, by tensor: rounding that was learned.
+    pub weights: BTreeMap<String, Weight>,
 }
 
 /// The pieces that are made while edits are collected.

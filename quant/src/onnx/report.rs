@@ -1,7 +1,7 @@
 //! What quantization did to each tensor, read off the float and the quantized model.
 
 use super::proto::*;
-use super::tensor::{floats, ints};
+use super::tensor::{elements, floats, ints};
 use super::{Graph, Model};
 use crate::error::Result;
 use std::collections::BTreeMap;
@@ -81,14 +81,14 @@ fn activation(graph: &Graph, node: &NodeProto, scale: &TensorProto) -> Result<Op
     Ok(Some(ActivationRow { tensor, scale: *scale, zero_point: *zero_point, range }))
 }
 
-fn weight(
+/// What the integers of a constant mean, in their order: one scale, one a channel, or one a block.
+pub(super) fn dequantize(
     node: &NodeProto,
-    exact: &TensorProto,
     codes: &TensorProto,
     scale: &TensorProto,
     zero: Option<&TensorProto>,
-) -> Result<WeightRow> {
-    let (values, codes_of, scales) = (floats(exact)?, ints(codes)?, floats(scale)?);
+) -> Result<Vec<f32>> {
+    let (codes_of, scales) = (ints(codes)?, floats(scale)?);
     let zeros = zero.map(ints).transpose()?.unwrap_or_default();
     let dims: Vec<usize> = codes.dims.iter().map(|&d| d.max(0) as usize).collect();
     let axis = usize::try_from(node.int("axis", 1)).unwrap_or(0).min(dims.len().saturating_sub(1));
@@ -103,18 +103,30 @@ fn weight(
             (outer * side.div_ceil(block) + along / block) * inner + index % inner.max(1)
         }
     };
-    let (mut signal, mut noise) = (0f64, 0f64);
-    for (index, (value, code)) in values.iter().zip(&codes_of).enumerate() {
+    let one = |(index, code): (usize, &i64)| {
         let (scale, zero) = (scales.get(place(index)), zeros.get(place(index)));
         let steps = *code - zero.copied().unwrap_or_default();
-        let rounded = steps as f64 * f64::from(scale.copied().unwrap_or_default());
-        signal += f64::from(*value).powi(2);
-        noise += (f64::from(*value) - rounded).powi(2);
+        (steps as f64 * f64::from(scale.copied().unwrap_or_default())) as f32
+    };
+    Ok(codes_of.iter().enumerate().map(one).collect())
+}
+
+fn weight(
+    node: &NodeProto,
+    exact: &TensorProto,
+    codes: &TensorProto,
+    scale: &TensorProto,
+    zero: Option<&TensorProto>,
+) -> Result<WeightRow> {
+    let (mut signal, mut noise) = (0f64, 0f64);
+    for (&value, rounded) in floats(exact)?.iter().zip(dequantize(node, codes, scale, zero)?) {
+        signal += f64::from(value).powi(2);
+        noise += (f64::from(value) - f64::from(rounded)).powi(2);
     }
     Ok(WeightRow {
         tensor: exact.name().to_owned(),
         bits: codes.data_type().bits().unwrap_or_default(),
-        scales: scales.len(),
+        scales: elements(scale)?,
         sqnr_db: (noise > 0.0).then(|| 10.0 * (signal / noise).log10()),
     })
 }

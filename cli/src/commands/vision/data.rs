@@ -3,7 +3,7 @@
 use crate::commands::Run;
 use crate::output;
 use crate::session::Session;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nibble_models::graph::{Input, inputs};
 use nibble_models::vision::data::{Data as Samples, DataOptions};
 use nibble_models::vision::picture::{PREPROCESS, preprocess};
@@ -74,16 +74,8 @@ pub struct Output {
 impl Output {
     /// Refuses a file that is there.
     pub fn check(&self) -> Result<()> {
-        may_write(&self.output, self.force)
+        output::may_write(&self.output, self.force)
     }
-}
-
-/// Refuses to replace a file without being told to.
-pub fn may_write(path: &Path, force: bool) -> Result<()> {
-    if path.exists() && !force {
-        bail!("{}: is there already; --force replaces it", path.display());
-    }
-    Ok(())
 }
 
 /// What of a model's inputs is fixed.

@@ -17,7 +17,7 @@ use nibble_quant::onnx::select::fits;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Compare a model's outputs with its reference's over samples: same top class, SQNR, cosine, nearest neighbour
 #[derive(Debug, clap::Args)]
@@ -82,6 +82,13 @@ fn tensors(models: &[Model; 2], patterns: &[String]) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// The classes that a file says: numbers between spaces or lines.
+pub fn labels(path: &Path) -> Result<Vec<usize>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))?;
+    let number = |word: &str| word.parse().with_context(|| format!("{}: `{word}` is no class", path.display()));
+    text.split_whitespace().map(number).collect()
+}
+
 impl Eval {
     /// Times of both models with 1 and 2 threads, as (model, threads, times).
     fn bench(&self, models: &[Model; 2], data: &Data, rounds: usize) -> Result<Vec<(String, usize, Latency)>> {
@@ -118,16 +125,7 @@ impl Run for Eval {
         }
         let runners = self.engine.load(&models, &outputs, self.threads.count())?;
         let [reference, other] = runners.as_slice() else { bail!("two models were to be loaded") };
-        let labels = match &self.labels {
-            Some(path) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))?;
-                let numbers = text.split_whitespace().map(|word| {
-                    word.parse::<usize>().with_context(|| format!("{}: `{word}` is no class", path.display()))
-                });
-                Some(numbers.collect::<Result<Vec<usize>>>()?)
-            }
-            None => None,
-        };
+        let labels = self.labels.as_deref().map(labels).transpose()?;
         let data = self.preparation.open(session, &self.data, reference.inputs())?;
         let meter = Meter::new(session, "eval", "samples");
         meter.begin(data.count()?, 0);

@@ -3,7 +3,7 @@
 use crate::onnx::Graph;
 use crate::onnx::groups::{GroupKind, groups};
 use crate::onnx::proto::*;
-use crate::onnx::tensor::ints;
+use crate::onnx::tensor::{ints, scalar};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Tensors with the same factors, who makes them and who reads them.
@@ -19,6 +19,8 @@ pub struct Site {
     pub producers: Vec<Producer>,
     /// What takes up the factors.
     pub consumers: Vec<Consumer>,
+    /// The least upper end of the Clips between the tensors, where sites may go through those.
+    pub ceiling: Option<f32>,
 }
 
 /// Where channels are.
@@ -89,6 +91,11 @@ impl Producer {
         weight.chain(vectors).collect()
     }
 
+    /// Its weight, with the channel of its values; none for a norm.
+    pub(super) fn matrix(&self) -> Option<(&str, ChannelOf)> {
+        self.weight.as_ref().and_then(|_| self.parts().into_iter().next())
+    }
+
     fn constants(&self) -> impl Iterator<Item = &String> {
         self.weight.iter().map(|(name, _)| name).chain(&self.vectors)
     }
@@ -147,6 +154,12 @@ fn homogeneous(node: &NodeProto) -> bool {
     pools(node) || node.is("Relu") || node.is("LeakyRelu")
 }
 
+/// The upper end of a Clip whose lower one is zero.
+fn ceiling(graph: &Graph, node: &NodeProto) -> Option<f32> {
+    let end = |slot: usize| float(graph, node.arg(slot)).and_then(|t| scalar(t).ok());
+    (node.is("Clip") && end(1) == Some(0.0)).then(|| end(2)).flatten().filter(|&hi| hi > 0.0)
+}
+
 /// Operators over all dimensions from the third on: channels are the second.
 fn pools(node: &NodeProto) -> bool {
     node.is("MaxPool") || node.is("AveragePool") || node.is("GlobalAveragePool")
@@ -158,15 +171,17 @@ struct Known {
     norms: BTreeMap<String, (String, String)>,
     /// Values of an attention and what it makes of them, heads joined again: channel by channel a weighted mean.
     mixed: Vec<(String, String)>,
+    /// Whether Clips from zero on are gone through: they are the identity for channels that stay below their end.
+    clips: bool,
 }
 
 impl Known {
-    fn of(graph: &Graph) -> Known {
+    fn of(graph: &Graph, clips: bool) -> Known {
         let groups = groups(graph);
         let norms = groups.iter().filter(|g| g.kind == GroupKind::LayerNorm);
         let norms = norms.filter_map(|g| Some((g.output.clone(), g.affine.clone()?))).collect();
         let attentions = groups.iter().filter(|g| g.kind == GroupKind::Attention);
-        Known { norms, mixed: attentions.filter_map(|g| mixed(graph, &g.output)).collect() }
+        Known { norms, mixed: attentions.filter_map(|g| mixed(graph, &g.output)).collect(), clips }
     }
 
     fn source(&self, made: &str) -> Option<&String> {
@@ -216,7 +231,7 @@ fn maker(graph: &Graph, tensor: &str, known: &Known) -> End<Producer> {
     }
     let Some(id) = graph.producer(tensor) else { return End::Not };
     let node = graph.node(id);
-    if homogeneous(node) {
+    if homogeneous(node) || known.clips && ceiling(graph, node).is_some() {
         return End::Through(vec![node.arg(0).to_owned()]);
     }
     let layer = |weight: &str, rows: Rows, axis: Axis, bias: &str| {
@@ -264,6 +279,9 @@ fn reader(graph: &Graph, tensor: &str, id: usize, slot: usize, known: &Known) ->
         return End::Through(vec![out.clone()]);
     }
     let node = graph.node(id);
+    if known.clips && ceiling(graph, node).is_some() {
+        return End::Through(vec![node.out().to_owned()]);
+    }
     if homogeneous(node) || node.is("Add") && (0..2).all(|s| graph.constant(node.arg(s)).is_none()) {
         return End::Through(vec![node.out().to_owned()]);
     }
@@ -287,23 +305,37 @@ fn reader(graph: &Graph, tensor: &str, id: usize, slot: usize, known: &Known) ->
 
 /// Every site of a graph, in its order. No constant belongs to two roles of one site, or is read by others.
 pub fn sites(graph: &Graph) -> Vec<Site> {
-    let known = Known::of(graph);
+    with(graph, &Known::of(graph, false))
+}
+
+/// The same, and sites that go through Clips from zero on: only channels that stay below a site's ceiling can be scaled.
+pub fn through_clips(graph: &Graph) -> Vec<Site> {
+    with(graph, &Known::of(graph, true))
+}
+
+fn with(graph: &Graph, known: &Known) -> Vec<Site> {
     let mut done: BTreeSet<String> = BTreeSet::new();
     let mut found = Vec::new();
     for (_, node) in graph.nodes() {
         let start = node.out();
-        if start.is_empty() || done.contains(start) || !matches!(maker(graph, start, &known), End::Layer(..)) {
+        if start.is_empty() || done.contains(start) || !matches!(maker(graph, start, known), End::Layer(..)) {
             continue;
         }
-        found.extend(grow(graph, start, &known, &mut done));
+        found.extend(grow(graph, start, known, &mut done));
     }
     found
 }
 
 /// The site that a tensor belongs to, if all of its makers and readers take part.
 fn grow(graph: &Graph, start: &str, known: &Known, done: &mut BTreeSet<String>) -> Option<Site> {
-    let mut site =
-        Site { tensors: Vec::new(), axis: Axis::Last, channels: 0, producers: Vec::new(), consumers: Vec::new() };
+    let mut site = Site {
+        tensors: Vec::new(),
+        axis: Axis::Last,
+        channels: 0,
+        producers: Vec::new(),
+        consumers: Vec::new(),
+        ceiling: None,
+    };
     let mut ends: BTreeSet<(bool, usize)> = BTreeSet::new();
     let mut open = vec![start.to_owned()];
     let (mut whole, mut pooled) = (true, false);
@@ -316,6 +348,8 @@ fn grow(graph: &Graph, start: &str, known: &Known, done: &mut BTreeSet<String>) 
         let mut meet = |axis: Axis, n: usize| {
             ends.insert((axis == Axis::Last, n));
         };
+        let end = graph.producer(&tensor).and_then(|id| ceiling(graph, graph.node(id)));
+        site.ceiling = [site.ceiling, end].into_iter().flatten().reduce(f32::min);
         pooled |= graph.producer(&tensor).is_some_and(|id| pools(graph.node(id)));
         pooled |= graph.consumers(&tensor).iter().any(|&(id, _)| pools(graph.node(id)));
         match maker(graph, &tensor, known) {
@@ -354,7 +388,7 @@ fn grow(graph: &Graph, start: &str, known: &Known, done: &mut BTreeSet<String>) 
 /// Tensors that no maker can scale, after a GELU or a norm that others read too, and the linear layers that read them:
 /// a product by a constant between the two can. `taken` are the tensors of other sites.
 pub(super) fn unscaled(graph: &Graph, taken: &BTreeSet<String>) -> Vec<Site> {
-    let known = Known::of(graph);
+    let known = Known::of(graph, false);
     let made = groups(graph).into_iter().filter(|g| matches!(g.kind, GroupKind::LayerNorm | GroupKind::Gelu));
     let mut found = Vec::new();
     for tensor in made.map(|g| g.output).filter(|t| !taken.contains(t)) {
@@ -369,7 +403,14 @@ pub(super) fn unscaled(graph: &Graph, taken: &BTreeSet<String>) -> Vec<Site> {
             }
         }
         if let [n] = channels.into_iter().collect::<Vec<_>>()[..] {
-            let site = Site { tensors: vec![tensor], axis: Axis::Last, channels: n, producers: Vec::new(), consumers };
+            let site = Site {
+                tensors: vec![tensor],
+                axis: Axis::Last,
+                channels: n,
+                producers: Vec::new(),
+                consumers,
+                ceiling: None,
+            };
             found.push(site);
         }
     }

@@ -233,6 +233,10 @@ impl Writer<'_> {
         layout: Layout,
         least: &[f32],
     ) -> Result<Weight> {
+        let enough = |w: &&Weight| least.iter().enumerate().all(|(c, least)| w.scale(c) >= *least);
+        if let Some(known) = self.calibration.weights.get(tensor.name()).filter(enough) {
+            return Ok(known.clone());
+        }
         let importance = self.importance(node, tensor);
         let input = self.calibration.inputs.get(node.arg(0)).filter(|_| reads_channels(&self.graph, node));
         let seen = Seen { importance: importance.as_deref(), input: input.map(Arc::as_ref) };

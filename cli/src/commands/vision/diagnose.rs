@@ -1,0 +1,202 @@
+//! `nibble vision diagnose`: where a quantized model's error comes from.
+
+use super::data::{Preparation, Shapes};
+use super::eval::labels;
+use super::page::page;
+use super::recipe::{Recipe, open};
+use crate::arguments::Threads;
+use crate::commands::Run;
+use crate::failure::Usage;
+use crate::output::{self, Table};
+use crate::progress::Meter;
+use crate::session::Session;
+use anyhow::{Context, Result};
+use nibble_models::graph::inputs;
+use nibble_models::vision::diagnose::{Diagnosis, Score, State, layers, numbers, sensitivity, steps};
+use nibble_quant::onnx::{Graph, Mode};
+use std::path::{Path, PathBuf};
+
+/// Find out where the error of a model in integers comes from: weights or activations, which layers, which tensors
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example: nibble vision diagnose model.onnx --calib photos --data others --crops 8 -o diagnosis.json
+
+The model is quantized as `nibble vision quantize` would with the same flags; nothing is written but what -o names.
+`only` is the error with one layer in integers and the rest in float, `without` that with one layer in float and the rest
+in integers. Each is found by running again what comes after the layer.
+--state FILE keeps what is done after every few samples; the same command goes on from there."
+)]
+pub struct Diagnose {
+    /// The float model
+    #[arg(value_name = "MODEL.onnx")]
+    model: PathBuf,
+    /// Samples to judge by: a folder of pictures or arrays, or one of them
+    #[arg(long, short, value_name = "DATA")]
+    data: PathBuf,
+    /// Classes of the samples: a text file with one number for each, in their order
+    #[arg(long, value_name = "FILE")]
+    labels: Option<PathBuf>,
+    /// Write all that is found, as JSON
+    #[arg(long, short, value_name = "FILE.json")]
+    output: Option<PathBuf>,
+    /// Also write a page (HTML, one file) that shows all of it, with histograms and ranges of channels
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// Replace files that are there
+    #[arg(long)]
+    force: bool,
+    /// Keep what is done in this file, and go on from it
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
+    /// Layers and tensors that are listed
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    top: usize,
+    #[command(flatten)]
+    recipe: Recipe,
+    #[command(flatten)]
+    shapes: Shapes,
+    #[command(flatten)]
+    preparation: Preparation,
+    #[command(flatten)]
+    threads: Threads,
+}
+
+impl Run for Diagnose {
+    fn run(self, session: &Session) -> Result<()> {
+        for path in self.output.iter().chain(&self.report) {
+            output::may_write(path, self.force)?;
+        }
+        self.threads.set_for_conversion()?;
+        let threads = self.threads.count();
+        if self.recipe.settings()?.mode != Mode::Static {
+            return Err(Usage("--mode: static quantization alone can be diagnosed".into()).into());
+        }
+        let labels = self.labels.as_deref().map(labels).transpose()?;
+        let opened = open(session, &self.model, &self.shapes, threads)?;
+        let (prepared, _) = self.recipe.prepare(session, opened, &self.preparation, threads)?;
+        let calib = self.recipe.samples(session, &self.preparation, &prepared.model)?;
+        let data = self.preparation.open(session, &self.data, &inputs(&prepared.model))?;
+        let count = data.count()?;
+        let mut state = match &self.state {
+            Some(path) => State::open(path)?,
+            None => State::none(),
+        };
+        let layers = layers(&Graph::new(prepared.model.graph())?, &prepared.plan).len();
+        let meter = Meter::new(session, "diagnose", "runs");
+        meter.begin(count * steps(layers), 0);
+        let (stop, progress) = (session.stop(), || meter.add_thing("layers"));
+        let found = sensitivity(&prepared, &data, labels.as_deref(), threads, &mut state, stop, &progress)?;
+        let options = self.recipe.options(session, threads)?;
+        meter.begin(count + calib.count()?, 0);
+        let (activations, weights) = numbers(&prepared, &calib, &data, &options, &mut || meter.add_thing("numbers"))?;
+        drop(meter);
+        let diagnosis =
+            Diagnosis { samples: found.samples, sources: found.sources, layers: found.layers, activations, weights };
+        if let Some(path) = &self.output {
+            write(path, &diagnosis)?;
+        }
+        if let Some(path) = &self.report {
+            page(&self.model, &diagnosis).save(path)?;
+        }
+        if session.json {
+            return output::json(&serde_json::to_value(&diagnosis)?);
+        }
+        print(&diagnosis, self.top)
+    }
+}
+
+/// Writes a diagnosis, whole or not at all.
+fn write(path: &Path, diagnosis: &Diagnosis) -> Result<()> {
+    let temp = path.with_extension("json.part");
+    let text = serde_json::to_string_pretty(diagnosis)?;
+    let attempt = || std::fs::write(&temp, text).and_then(|()| std::fs::rename(&temp, path));
+    attempt().with_context(|| format!("can't write {}", path.display()))
+}
+
+fn decibels(value: Option<f64>) -> String {
+    value.map_or("-".into(), |db| format!("{db:.2}"))
+}
+
+/// SQNR, and what there is of divergence, agreement and accuracy.
+fn cells(score: &Score) -> Vec<String> {
+    let percent = |share: Option<f64>| share.map(|s| format!("{:.1}", 100.0 * s));
+    let mut cells = vec![decibels(score.sqnr_db)];
+    cells.extend(score.kl.map(|kl| format!("{kl:.5}")));
+    cells.extend(percent(score.agreement));
+    cells.extend(percent(score.accuracy));
+    cells
+}
+
+/// The columns that a score has.
+fn columns(score: &Score) -> Vec<&'static str> {
+    let mut columns = vec!["SQNR dB"];
+    columns.extend(score.kl.map(|_| "KL"));
+    columns.extend(score.agreement.map(|_| "top-1 %"));
+    columns.extend(score.accuracy.map(|_| "accuracy %"));
+    columns
+}
+
+fn print(diagnosis: &Diagnosis, top: usize) -> Result<()> {
+    let sources = &diagnosis.sources;
+    let head = columns(&sources.both);
+    let mut table = Table::new(&[vec!["in integers"], head.clone()].concat());
+    for (name, score) in [("weights", &sources.weights), ("activations", &sources.activations), ("both", &sources.both)]
+    {
+        table.row([vec![name.to_owned()], cells(score)].concat());
+    }
+    output::say(&format!("{} samples\n{}", diagnosis.samples, table.render()))?;
+    if let Some(accuracy) = sources.float_accuracy {
+        output::say(&format!("float: accuracy {:.1} %", 100.0 * accuracy))?;
+    }
+    let mut layers: Vec<_> = diagnosis.layers.iter().collect();
+    let key = |db: Option<f64>| db.unwrap_or(f64::INFINITY);
+    layers.sort_by(|a, b| key(a.only.sqnr_db).total_cmp(&key(b.only.sqnr_db)));
+    let first: Vec<String> = head.iter().map(|c| format!("only: {c}")).collect();
+    let mut table = Table::new(
+        &["layer", "operator"]
+            .into_iter()
+            .chain(first.iter().map(String::as_str))
+            .chain(["without: dB"])
+            .collect::<Vec<_>>(),
+    );
+    for row in layers.iter().take(top) {
+        let own = vec![row.layer.node.clone(), row.layer.op.clone()];
+        table.row([own, cells(&row.only), vec![decibels(row.without.sqnr_db)]].concat());
+    }
+    output::say(&table.render())?;
+    let mut tensors: Vec<_> = diagnosis.activations.iter().collect();
+    tensors.sort_by(|a, b| key(a.figures.sqnr_db).total_cmp(&key(b.figures.sqnr_db)));
+    let mut table =
+        Table::new(&["activation", "SQNR dB", "range", "reach", "beyond it %", "outlier channels", "best observer"]);
+    for row in tensors.iter().take(top) {
+        let ends = |[lo, hi]: [f32; 2]| format!("{lo:.3}..{hi:.3}");
+        let best = row.observers.iter().max_by(|a, b| key(a.sqnr_db).total_cmp(&key(b.sqnr_db)));
+        let outliers: Vec<String> =
+            row.outliers.iter().take(3).map(|o| format!("{} ({:.0}x)", o.channel, o.times)).collect();
+        table.row(vec![
+            row.tensor.clone(),
+            decibels(row.figures.sqnr_db),
+            ends(row.figures.range),
+            ends(row.figures.reach),
+            format!("{:.4}", 100.0 * row.figures.saturated),
+            outliers.join(" "),
+            best.map_or(String::new(), |o| format!("{} {}", o.observer, decibels(o.sqnr_db))),
+        ]);
+    }
+    output::say(&table.render())?;
+    let mut weights: Vec<_> = diagnosis.weights.iter().collect();
+    weights.sort_by(|a, b| key(a.figures.sqnr_db).total_cmp(&key(b.figures.sqnr_db)));
+    let mut table = Table::new(&["weight", "of", "SQNR dB", "max error", "outlier channels"]);
+    for row in weights.iter().take(top) {
+        let outliers: Vec<String> =
+            row.outliers.iter().take(3).map(|o| format!("{} ({:.0}x)", o.channel, o.times)).collect();
+        table.row(vec![
+            row.tensor.clone(),
+            row.node.clone(),
+            decibels(row.figures.sqnr_db),
+            format!("{:.2e}", row.figures.max_error),
+            outliers.join(" "),
+        ]);
+    }
+    output::say(&table.render())
+}

@@ -1,0 +1,320 @@
+//! What each layer's integers cost, by computing only what comes after it.
+//!
+//! ```text
+//! float model, once a sample:   x1 -> y1 -> ... x2 -> y2 -> ... -> outputs      and y1#, y2#: the layers in integers
+//! then for each layer:               y1# -----> rest of the float model -> outputs
+//! ```
+//! and the other way round in the quantized model. Tensors of one sample a thread are in memory, whatever the number of
+//! samples; sums are added in the samples' order, so that figures don't depend on the number of threads.
+
+use super::layers::{Layer, layers};
+use super::state::{State, digest};
+use super::tally::Tally;
+use super::{LayerSensitivity, Sources};
+use crate::graph::{GraphRunner, Rten, Tensor, Values};
+use crate::vision::data::{Data, Sample};
+use crate::vision::prepare::Prepared;
+use crate::{ModelError, Result};
+use nibble_quant::onnx::branch::{Rest, in_float, in_integers, rest, rounded};
+use nibble_quant::onnx::isolate::{activations_alone, weights_alone};
+use nibble_quant::onnx::{Edit, Graph, Model, Settings, apply};
+use prost::Message;
+use rayon::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Scores of the whole and of the layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sensitivity {
+    /// Samples seen.
+    pub samples: usize,
+    /// Weights, activations, both.
+    pub sources: Sources,
+    /// One a layer.
+    pub layers: Vec<LayerSensitivity>,
+    /// The tallies behind `layers`: only, without.
+    pub tallies: Vec<[Tally; 2]>,
+}
+
+/// A tensor replaced by another, and what that changes.
+struct Probe {
+    replaced: String,
+    by: String,
+    rest: Rest,
+}
+
+/// What a sample came to.
+struct Ran {
+    outputs: BTreeMap<String, Tensor>,
+    /// One a probe.
+    tallies: Vec<Tally>,
+    /// Of what probes replace.
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+/// A model with a branch a layer, loaded.
+struct Side {
+    runner: Rten,
+    outputs: Vec<String>,
+    kept: Vec<String>,
+    probes: Vec<Probe>,
+}
+
+impl Side {
+    fn new(model: &Model, branches: Vec<(Vec<Edit>, Probe)>, outputs: &[String], threads: usize) -> Result<Side> {
+        let mut all = model.clone();
+        let (edits, probes): (Vec<_>, Vec<_>) = branches.into_iter().unzip();
+        apply(all.graph_mut(), edits.into_iter().flatten().collect())?;
+        let given: BTreeSet<&str> = model.graph().input.iter().map(|i| i.name()).collect();
+        let mut kept: BTreeSet<String> = outputs.iter().cloned().collect();
+        for Probe { replaced, by, rest } in &probes {
+            let needed = rest.feeds.iter().chain([replaced, by]).filter(|name| !given.contains(name.as_str()));
+            kept.extend(needed.cloned());
+        }
+        let kept: Vec<String> = kept.into_iter().collect();
+        Ok(Side { runner: Rten::new(&all, &kept, threads)?, outputs: outputs.to_vec(), kept, probes })
+    }
+
+    /// The outputs, and a tally a probe against `exact` (this model's own outputs if none are given).
+    fn run(
+        &self,
+        sample: &Sample,
+        exact: Option<&BTreeMap<String, Tensor>>,
+        label: Option<usize>,
+        progress: &(dyn Fn() + Sync),
+    ) -> Result<Ran> {
+        let made = self.runner.run(sample, &self.kept)?;
+        let mut values: BTreeMap<&str, &Tensor> = self.kept.iter().map(String::as_str).zip(&made).collect();
+        values.extend(sample.iter().map(|(name, tensor)| (name.as_str(), tensor)));
+        let get = |name: &str| {
+            let missing = || ModelError::Graph { what: name.to_owned(), why: "isn't made by the graph".into() };
+            values.get(name).copied().ok_or_else(missing)
+        };
+        let own = self.outputs.iter().map(|name| Ok((name.clone(), get(name)?.clone())));
+        let own = own.collect::<Result<BTreeMap<String, Tensor>>>()?;
+        let exact = exact.unwrap_or(&own);
+        let mut tallies = Vec::with_capacity(self.probes.len());
+        for Probe { replaced, by, rest } in &self.probes {
+            let mut feeds = vec![(replaced.clone(), get(by)?.clone())];
+            for name in &rest.feeds {
+                feeds.push((name.clone(), get(name)?.clone()));
+            }
+            let changed = match rest.outputs.contains(replaced) {
+                // The layer's output is the graph's own.
+                true if rest.outputs.len() == 1 => vec![get(by)?.clone()],
+                _ => self.runner.run(&feeds, &rest.outputs)?,
+            };
+            let changed: BTreeMap<&str, &Tensor> = rest.outputs.iter().map(String::as_str).zip(&changed).collect();
+            let found: Vec<&Tensor> =
+                own.iter().map(|(name, tensor)| changed.get(name.as_str()).copied().unwrap_or(tensor)).collect();
+            tallies.push(tally(exact, &found, &self.outputs, label)?);
+            progress();
+        }
+        let shapes = self.probes.iter().map(|p| Ok((p.replaced.clone(), get(&p.replaced)?.dims.clone())));
+        let shapes = shapes.collect::<Result<_>>()?;
+        Ok(Ran { outputs: own, tallies, shapes })
+    }
+}
+
+/// `found` are in the order of the map's names; the tally goes by the outputs' own order.
+fn tally(
+    exact: &BTreeMap<String, Tensor>,
+    found: &[&Tensor],
+    outputs: &[String],
+    label: Option<usize>,
+) -> Result<Tally> {
+    let by_name: BTreeMap<&str, (&Tensor, &Tensor)> =
+        exact.iter().zip(found).map(|((name, a), b)| (name.as_str(), (a, *b))).collect();
+    let (a, b): (Vec<&Tensor>, Vec<&Tensor>) =
+        outputs.iter().filter_map(|name| by_name.get(name.as_str()).copied()).unzip();
+    Tally::of(outputs, &a, &b, label)
+}
+
+/// All models that samples run through.
+struct Bench {
+    float: Side,
+    quantized: Side,
+    alone: [Rten; 2],
+    outputs: Vec<String>,
+}
+
+impl Bench {
+    fn new(prepared: &Prepared, quantized: &Model, layers: &[Layer], threads: usize) -> Result<Bench> {
+        let Prepared { model, folded, plan, calibration } = prepared;
+        let outputs: Vec<String> = model.graph().output.iter().map(|o| o.name().to_owned()).collect();
+        let (graph, after) = (Graph::new(model.graph())?, Graph::new(quantized.graph())?);
+        let (mut integers, mut floats) = (Vec::new(), Vec::new());
+        for (index, layer) in layers.iter().enumerate() {
+            let branch = in_integers(model, &plan.settings, folded, calibration, layer.id, &format!("only{index}:"))?;
+            let probe = Probe { replaced: layer.makes.clone(), by: branch.makes, rest: rest(&graph, &layer.makes) };
+            integers.push((branch.edits, probe));
+            let branch = in_float(model, plan, &after, layer.id, &format!("without{index}:"))?;
+            let replaced = rounded(&after, plan, &layer.makes);
+            let probe = Probe { rest: rest(&after, &replaced), replaced, by: branch.makes };
+            floats.push((branch.edits, probe));
+        }
+        let alone = [weights_alone(model, quantized, plan)?, activations_alone(model, quantized, plan)?];
+        let [weights, activations] = alone;
+        Ok(Bench {
+            float: Side::new(model, integers, &outputs, threads)?,
+            quantized: Side::new(quantized, floats, &outputs, threads)?,
+            alone: [Rten::new(&weights, &outputs, threads)?, Rten::new(&activations, &outputs, threads)?],
+            outputs,
+        })
+    }
+
+    /// Weights, activations, both, then only and without for each layer.
+    fn run(&self, sample: &Sample, label: Option<usize>, progress: &(dyn Fn() + Sync)) -> Result<Vec<Tally>> {
+        let Ran { outputs: exact, tallies: only, .. } = self.float.run(sample, None, label, progress)?;
+        let Ran { outputs: both, tallies: without, .. } = self.quantized.run(sample, Some(&exact), label, progress)?;
+        let mut tallies = Vec::with_capacity(3 + 2 * only.len());
+        for runner in &self.alone {
+            let found = runner.run(sample, &self.outputs)?;
+            let found: BTreeMap<&String, &Tensor> = self.outputs.iter().zip(&found).collect();
+            tallies.push(tally(&exact, &found.into_values().collect::<Vec<_>>(), &self.outputs, label)?);
+            progress();
+        }
+        tallies.push(tally(&exact, &both.values().collect::<Vec<_>>(), &self.outputs, label)?);
+        tallies.extend(only.into_iter().zip(without).flat_map(|(a, b)| [a, b]));
+        Ok(tallies)
+    }
+}
+
+/// Steps of [`sensitivity`] a sample.
+pub fn steps(layers: usize) -> u64 {
+    2 + 2 * layers as u64
+}
+
+/// What is in a sample, in short.
+fn name(sample: &Sample, label: Option<usize>) -> String {
+    let mut bytes = format!("{label:?}").into_bytes();
+    for (name, tensor) in sample {
+        bytes.extend(format!("{name} {:?}", tensor.dims).into_bytes());
+        match &tensor.values {
+            Values::Float(v) => bytes.extend(v.iter().flat_map(|x| x.to_le_bytes())),
+            Values::Int(v) => bytes.extend(v.iter().flat_map(|x| x.to_le_bytes())),
+        }
+    }
+    digest(&[&bytes])
+}
+
+/// Calls `work` on samples, as many at a time as there are threads, in their order. `made` makes something of a sample
+/// and its number.
+fn in_batches<T>(
+    data: &Data,
+    threads: usize,
+    stop: &AtomicBool,
+    made: &dyn Fn(Sample, usize) -> Result<T>,
+    work: &mut dyn FnMut(Vec<T>) -> Result<()>,
+) -> Result<usize> {
+    let (mut batch, mut count) = (Vec::new(), 0);
+    data.each(&mut |sample, _| {
+        if stop.load(Ordering::Relaxed) {
+            return Err(nibble_quant::QuantError::Stopped.into());
+        }
+        batch.push(made(sample, count)?);
+        count += 1;
+        if batch.len() == threads.max(1) {
+            work(std::mem::take(&mut batch))?;
+        }
+        Ok(true)
+    })?;
+    work(batch)?;
+    Ok(count)
+}
+
+/// What nodes cost alone in integers, each with settings of its own, and the shapes of what they make. `progress` is called
+/// once a sample and node.
+///
+/// # Errors
+/// As [`sensitivity`].
+pub fn effects(
+    prepared: &Prepared,
+    cases: &[(usize, Settings)],
+    data: &Data,
+    threads: usize,
+    stop: &AtomicBool,
+    progress: &(dyn Fn() + Sync),
+) -> Result<(Vec<Tally>, BTreeMap<String, Vec<usize>>)> {
+    let Prepared { model, folded, plan, calibration } = prepared;
+    let graph = Graph::new(model.graph())?;
+    let outputs: Vec<String> = model.graph().output.iter().map(|o| o.name().to_owned()).collect();
+    let mut branches = Vec::new();
+    for (index, (id, settings)) in cases.iter().enumerate() {
+        let made = plan.output(&graph, *id);
+        let branch = in_integers(model, settings, folded, calibration, *id, &format!("only{index}:"))?;
+        branches.push((branch.edits, Probe { rest: rest(&graph, &made), replaced: made, by: branch.makes }));
+    }
+    let side = Side::new(model, branches, &outputs, threads)?;
+    let mut sums = vec![Tally::default(); cases.len()];
+    let mut dims = BTreeMap::new();
+    in_batches(data, threads, stop, &|sample, _| Ok(sample), &mut |batch: Vec<Sample>| {
+        let found =
+            batch.par_iter().map(|sample| side.run(sample, None, None, progress)).collect::<Result<Vec<_>>>()?;
+        for Ran { tallies, shapes, .. } in found {
+            sums.iter_mut().zip(&tallies).for_each(|(sum, tally)| sum.add(tally));
+            dims = shapes;
+        }
+        Ok(())
+    })?;
+    Ok((sums, dims))
+}
+
+/// Runs every sample through the models. `labels` are the samples' classes, in their order; `progress` is called
+/// [`steps`] times a sample, by any thread.
+///
+/// # Errors
+/// A sample that can't be read or run, fewer labels than samples, a state of other models, or the wish to stop.
+pub fn sensitivity(
+    prepared: &Prepared,
+    data: &Data,
+    labels: Option<&[usize]>,
+    threads: usize,
+    state: &mut State,
+    stop: &AtomicBool,
+    progress: &(dyn Fn() + Sync),
+) -> Result<Sensitivity> {
+    let layers = layers(&Graph::new(prepared.model.graph())?, &prepared.plan);
+    let quantized = prepared.quantize()?;
+    let bench = Bench::new(prepared, &quantized, &layers, threads)?;
+    let cases = 3 + 2 * layers.len();
+    state.begin(&digest(&[&prepared.model.proto.encode_to_vec(), &quantized.proto.encode_to_vec()]))?;
+    let mut sums = vec![Tally::default(); cases];
+    let labelled = |sample: Sample, index: usize| {
+        let label = labels.map(|labels| {
+            labels.get(index).copied().ok_or_else(|| ModelError::Setting {
+                what: "labels".into(),
+                why: format!("{} of them, there are more samples", labels.len()),
+            })
+        });
+        let label = label.transpose()?;
+        let name = name(&sample, label);
+        Ok((sample, label, name))
+    };
+    let samples = in_batches(data, threads, stop, &labelled, &mut |batch: Vec<(Sample, Option<usize>, String)>| {
+        let one = |(sample, label, name): &(Sample, Option<usize>, String)| match state.get(name, cases) {
+            Some(known) => {
+                (0..steps(layers.len())).for_each(|_| progress());
+                Ok(known.clone())
+            }
+            None => bench.run(sample, *label, progress),
+        };
+        let found = batch.par_iter().map(one).collect::<Result<Vec<_>>>()?;
+        for tallies in &found {
+            sums.iter_mut().zip(tallies).for_each(|(sum, tally)| sum.add(tally));
+        }
+        state.keep(batch.into_iter().map(|(_, _, name)| name).zip(found).collect())
+    })?;
+    let both = sums[2];
+    let sources = Sources {
+        weights: sums[0].score(),
+        activations: sums[1].score(),
+        both: both.score(),
+        float_accuracy: (both.labelled > 0).then(|| both.right[0] as f64 / both.labelled as f64),
+    };
+    let tallies: Vec<[Tally; 2]> = sums[3..].as_chunks::<2>().0.to_vec();
+    let rows = layers.into_iter().zip(&tallies);
+    let layers =
+        rows.map(|(layer, [only, without])| LayerSensitivity { layer, only: only.score(), without: without.score() });
+    Ok(Sensitivity { samples, sources, layers: layers.collect(), tallies })
+}

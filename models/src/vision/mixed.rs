@@ -1,0 +1,383 @@
+//! Mixed precision: layers that cost the most in integers get two terms, or stay float, until the whole is good enough.
+//!
+//! ```text
+//! effects  each layer alone in integers, with one term and with two: the error that it adds   (proxy)
+//! path     upgrades by error spared per time added, best first
+//! search   the fewest upgrades with which the *measured* model reaches the goal, or the most that fit a size
+//! trim     upgrades that turn out not to be needed are taken back, each by measuring again
+//! ```
+//! Errors of layers add up only roughly, so that they order what is tried, and never decide.
+
+use super::data::Data;
+use super::diagnose::{Layer, Tally, effects, layers};
+use super::evaluate::{OutputReport, evaluate};
+use super::prepare::Prepared;
+use crate::graph::Rten;
+use crate::{ModelError, Result};
+use nibble_quant::Range;
+use nibble_quant::onnx::plan::{Kind, Target};
+use nibble_quant::onnx::{Fine, Graph, Mode, Model, Plan, Selector, Settings};
+use prost::Message;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
+
+/// How a layer computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// Weights and activations in 8 bits.
+    Int8,
+    /// Weights in 8 bits, activations in two terms of 8 bits.
+    TwoTerms,
+    /// As it is.
+    Float,
+}
+
+/// What is wanted of the model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Goal {
+    /// SQNR of the first output, in dB, at least.
+    Sqnr(f64),
+    /// Share of samples that agree with the float model, at least: on the largest class, or where the output isn't classes,
+    /// on the nearest neighbour.
+    Agreement(f64),
+    /// Share of samples with the right class, at least.
+    Accuracy(f64),
+    /// As good as it gets in so many bytes.
+    Bytes(u64),
+}
+
+/// Time of a layer's product in integers, of one in floats. Read off ONNX Runtime's times of a ViT-S/14 (benches/VISION.md).
+const INTEGER_TIME: f64 = 0.2;
+/// What ranges of activations get when a second term makes room cheap; as in calibration.
+const ROOM: f32 = 1.8;
+/// Upgrades that are tried without, at the end.
+const TRIMS: usize = 6;
+
+/// A layer's choices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerChoice {
+    /// The layer.
+    #[serde(flatten)]
+    pub layer: Layer,
+    /// What was chosen.
+    pub precision: Precision,
+    /// Share of the outputs' power that is error with this layer alone in integers, by what its activations are.
+    pub error: BTreeMap<Precision, f64>,
+    /// Products of a sample, in multiplications.
+    pub multiplications: f64,
+}
+
+/// A model that was made and measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// Upgrades in it.
+    pub upgrades: usize,
+    /// SQNR of the first output, in dB.
+    pub sqnr_db: Option<f64>,
+    /// Share of samples that agree.
+    pub agreement: Option<f64>,
+    /// Share of samples with the right class.
+    pub accuracy: Option<f64>,
+    /// Bytes of the model.
+    pub bytes: u64,
+    /// Estimated time of its layers, of that in floats.
+    pub time: f64,
+    /// Whether it does what is wanted.
+    pub good: bool,
+}
+
+/// What was chosen.
+#[derive(Debug)]
+pub struct Mixed {
+    /// The plan, with the layers that stay float and those in two terms.
+    pub plan: Plan,
+    /// The quantized model.
+    pub model: Model,
+    /// One a layer, in the graph's order.
+    pub layers: Vec<LayerChoice>,
+    /// Every model that was measured, in that order.
+    pub attempts: Vec<Attempt>,
+    /// The one that was chosen.
+    pub chosen: Attempt,
+}
+
+/// A step from one precision of a layer to the next.
+#[derive(Debug, Clone, Copy)]
+struct Upgrade {
+    layer: usize,
+    to: Precision,
+    spared: f64,
+    time: f64,
+}
+
+/// Samples to judge by, and what is known of them.
+pub struct Judge<'a> {
+    /// The samples.
+    pub data: &'a Data,
+    /// Their classes, in their order.
+    pub labels: Option<&'a [usize]>,
+    /// Threads of the engine.
+    pub threads: usize,
+    /// Set when the user wants to stop.
+    pub stop: &'a AtomicBool,
+}
+
+/// Finds the precision of each layer. `effects_of` are the samples that layers' errors are estimated on, and `progress` is
+/// told what is being done and that one more sample of it is.
+///
+/// # Errors
+/// As [`evaluate`], and a goal that no model reaches, or a size that even all layers in integers pass.
+pub fn allocate(
+    prepared: &Prepared,
+    goal: Goal,
+    effects_of: &Data,
+    judge: &Judge,
+    progress: &(dyn Fn(&str) + Sync),
+) -> Result<Mixed> {
+    let graph = Graph::new(prepared.model.graph())?;
+    let layers = layers(&graph, &prepared.plan);
+    let choices = choices(prepared, &graph, layers, effects_of, judge, progress)?;
+    let path = path(&choices);
+    let mut search =
+        Search { prepared, goal, judge, progress, choices, attempts: Vec::new(), known: BTreeMap::new(), float: None };
+    let all: Vec<usize> = (0..path.len()).collect();
+    let (mut fewest, mut most) = (0, path.len());
+    // With a size the most upgrades that fit are wanted, otherwise the fewest that do.
+    let by_size = matches!(goal, Goal::Bytes(_));
+    while fewest < most {
+        let middle = if by_size { (fewest + most).div_ceil(2) } else { (fewest + most) / 2 };
+        let good = search.measure(&path, &all[..middle])?.good;
+        match (by_size, good) {
+            (false, true) => most = middle,
+            (false, false) => fewest = middle + 1,
+            (true, true) => fewest = middle,
+            (true, false) => most = middle - 1,
+        }
+    }
+    let mut kept: Vec<usize> = all[..fewest].to_vec();
+    if !search.measure(&path, &kept)?.good {
+        let reached = search.measure(&path, &kept)?;
+        let why = match goal {
+            Goal::Bytes(_) => format!("{} bytes with all layers in integers", reached.bytes),
+            _ => format!("not reached with all layers in float: {reached:?}"),
+        };
+        return Err(ModelError::Setting { what: "the goal".into(), why });
+    }
+    if !by_size {
+        // The last ones are those that spare least for their time.
+        for index in all[..fewest].iter().rev().skip(1).take(TRIMS) {
+            let fewer: Vec<usize> = kept.iter().copied().filter(|i| i != index).collect();
+            if search.measure(&path, &fewer)?.good {
+                kept = fewer;
+            }
+        }
+    }
+    search.finish(&path, &kept)
+}
+
+/// What each layer's error is with one term and with two, and how many multiplications it takes.
+fn choices(
+    prepared: &Prepared,
+    graph: &Graph,
+    layers: Vec<Layer>,
+    data: &Data,
+    judge: &Judge,
+    progress: &(dyn Fn(&str) + Sync),
+) -> Result<Vec<LayerChoice>> {
+    let base = &prepared.plan.settings;
+    let mut cases = Vec::new();
+    for layer in &layers {
+        let own = |fine: bool| Settings {
+            fine: selector(&layer.node).filter(|_| fine).map(Fine::Named).into_iter().collect(),
+            ..base.clone()
+        };
+        // A layer in two terms by the plan has ranges for those.
+        if !layer.fine {
+            cases.push((layer.id, Precision::Int8, own(false)));
+        }
+        if two_terms(prepared, graph, layer) {
+            cases.push((layer.id, Precision::TwoTerms, own(true)));
+        }
+    }
+    let asked: Vec<(usize, Settings)> = cases.iter().map(|(id, _, settings)| (*id, settings.clone())).collect();
+    let (tallies, dims) = effects(prepared, &asked, data, judge.threads, judge.stop, &|| progress("layers"))?;
+    let mut errors: BTreeMap<usize, BTreeMap<Precision, f64>> = BTreeMap::new();
+    for ((id, precision, _), Tally { signal, noise, .. }) in cases.iter().zip(&tallies) {
+        errors.entry(*id).or_default().insert(*precision, noise / signal.max(f64::MIN_POSITIVE));
+    }
+    let choice = |layer: Layer| {
+        let made = dims.get(&layer.makes).map(Vec::as_slice).unwrap_or_default();
+        // Each place of a picture, or each token, meets the whole weight.
+        let places: usize = match layer.op.as_str() {
+            "Conv" => made.iter().skip(2).product(),
+            _ => made.iter().rev().skip(1).product(),
+        };
+        let multiplications = places as f64 * layer.shape.iter().product::<usize>() as f64;
+        let error = errors.remove(&layer.id).unwrap_or_default();
+        let precision = if layer.fine { Precision::TwoTerms } else { Precision::Int8 };
+        LayerChoice { layer, precision, error, multiplications }
+    };
+    Ok(layers.into_iter().map(choice).collect())
+}
+
+/// Whether a layer can have activations in two terms: as [`Fine`] has it.
+fn two_terms(prepared: &Prepared, graph: &Graph, layer: &Layer) -> bool {
+    let settings = &prepared.plan.settings;
+    let product = graph.node(layer.id).is("MatMul")
+        && matches!(prepared.plan.kind(layer.id), Some(Kind::Linear { .. }))
+        && layer.reads.iter().all(|name| prepared.calibration.ranks.get(name).is_some_and(|&rank| rank > 2));
+    let possible = settings.mode == Mode::Static && settings.target == Target::OnnxRuntime;
+    layer.fine || product && possible && settings.activation.int.bits() == 8
+}
+
+fn selector(node: &str) -> Option<Selector> {
+    format!("name:{node}").parse().ok()
+}
+
+fn time(precision: Precision) -> f64 {
+    match precision {
+        Precision::Int8 => INTEGER_TIME,
+        Precision::TwoTerms => 2.0 * INTEGER_TIME,
+        Precision::Float => 1.0,
+    }
+}
+
+/// Upgrades in the order in which they are worth their time. A layer's own come in theirs: one that spares more for its
+/// time than the one before it takes its place.
+fn path(choices: &[LayerChoice]) -> Vec<Upgrade> {
+    let mut path = Vec::new();
+    for (layer, choice) in choices.iter().enumerate() {
+        let error = |p: Precision| if p == Precision::Float { Some(0.0) } else { choice.error.get(&p).copied() };
+        let step = |from: Precision, to: Precision| {
+            let spared = error(from)? - error(to)?;
+            let time = (time(to) - time(from)) * choice.multiplications.max(1.0);
+            (spared > 0.0).then_some(Upgrade { layer, to, spared, time })
+        };
+        let worth = |u: &Upgrade| u.spared / u.time;
+        let whole = step(choice.precision, Precision::Float);
+        let first = step(choice.precision, Precision::TwoTerms).filter(|_| choice.precision == Precision::Int8);
+        let second = step(Precision::TwoTerms, Precision::Float);
+        match (first, second, whole) {
+            (Some(first), Some(second), _) if worth(&first) >= worth(&second) => path.extend([first, second]),
+            (_, _, Some(whole)) => path.push(whole),
+            _ => {}
+        }
+    }
+    path.sort_by(|a, b| (b.spared / b.time).total_cmp(&(a.spared / a.time)));
+    path
+}
+
+struct Search<'a> {
+    prepared: &'a Prepared,
+    goal: Goal,
+    judge: &'a Judge<'a>,
+    progress: &'a (dyn Fn(&str) + Sync),
+    choices: Vec<LayerChoice>,
+    attempts: Vec<Attempt>,
+    known: BTreeMap<Vec<Precision>, Attempt>,
+    float: Option<Rten>,
+}
+
+impl Search<'_> {
+    /// The precision of each layer with these upgrades.
+    fn precisions(&self, path: &[Upgrade], kept: &[usize]) -> Vec<Precision> {
+        let mut precisions: Vec<Precision> = self.choices.iter().map(|c| c.precision).collect();
+        for upgrade in kept.iter().filter_map(|&i| path.get(i)) {
+            precisions[upgrade.layer] = precisions[upgrade.layer].max(upgrade.to);
+        }
+        precisions
+    }
+
+    /// The model with these precisions.
+    fn make(&self, precisions: &[Precision]) -> Result<(Plan, Model)> {
+        let named = |wanted: Precision| {
+            let chosen = self.choices.iter().zip(precisions).filter(move |(_, p)| **p == wanted);
+            chosen.filter_map(|(c, _)| selector(&c.layer.node)).collect::<Vec<_>>()
+        };
+        let base = &self.prepared.plan.settings;
+        let settings = Settings {
+            exclude: [base.exclude.clone(), named(Precision::Float)].concat(),
+            fine: named(Precision::TwoTerms).into_iter().map(Fine::Named).collect(),
+            ..base.clone()
+        };
+        let graph = Graph::new(self.prepared.model.graph())?;
+        let before = self.prepared.plan.fine_tensors(&graph);
+        let mut roomy = self.prepared.clone();
+        roomy.plan = nibble_quant::onnx::plan(&roomy.model, &settings, &roomy.folded)?;
+        let after: BTreeSet<String> = roomy.plan.fine_tensors(&graph);
+        for name in after.difference(&before) {
+            if let Some(range) = roomy.calibration.ranges.get_mut(name) {
+                *range = Range { lo: ROOM * range.lo, hi: ROOM * range.hi };
+            }
+        }
+        let model = roomy.quantize()?;
+        Ok((roomy.plan, model))
+    }
+
+    /// Makes and judges a model, once.
+    fn measure(&mut self, path: &[Upgrade], kept: &[usize]) -> Result<Attempt> {
+        let precisions = self.precisions(path, kept);
+        if let Some(known) = self.known.get(&precisions) {
+            return Ok(known.clone());
+        }
+        let (_, model) = self.make(&precisions)?;
+        let attempt = self.judge(&model, &precisions, kept.len())?;
+        self.attempts.push(attempt.clone());
+        self.known.insert(precisions, attempt.clone());
+        Ok(attempt)
+    }
+
+    fn judge(&mut self, model: &Model, precisions: &[Precision], upgrades: usize) -> Result<Attempt> {
+        let outputs: Vec<String> = self.prepared.model.graph().output.iter().map(|o| o.name().to_owned()).collect();
+        let Judge { data, labels, threads, stop } = *self.judge;
+        if self.float.is_none() {
+            self.float = Some(Rten::new(&self.prepared.model, &outputs, threads)?);
+        }
+        let of_layer = |(choice, precision): (&LayerChoice, &Precision)| choice.multiplications * time(*precision);
+        let whole: f64 = self.choices.iter().map(|c| c.multiplications).sum();
+        let mut attempt = Attempt {
+            upgrades,
+            sqnr_db: None,
+            agreement: None,
+            accuracy: None,
+            bytes: model.proto.encoded_len() as u64,
+            time: self.choices.iter().zip(precisions).map(of_layer).sum::<f64>() / whole.max(1.0),
+            good: false,
+        };
+        if let Goal::Bytes(most) = self.goal
+            && attempt.bytes > most
+        {
+            return Ok(attempt);
+        }
+        let Some(float) = &self.float else { return Ok(attempt) };
+        let runner = Rten::new(model, &outputs, threads)?;
+        let mut progress = || (self.progress)("models");
+        let report = evaluate(float, &runner, &outputs, data, labels, stop, &mut progress)?;
+        let Some(OutputReport { sqnr_db, top1, nearest, kl, accuracy, .. }) = report.outputs.first() else {
+            return Err(ModelError::Graph { what: "outputs".into(), why: "none of them holds floats".into() });
+        };
+        attempt.sqnr_db = *sqnr_db;
+        // Only scores of classes have a divergence.
+        attempt.agreement = if kl.is_some() { Some(*top1) } else { *nearest };
+        attempt.accuracy = accuracy.map(|[_, this]| this);
+        attempt.good = match self.goal {
+            Goal::Sqnr(least) => sqnr_db.is_none_or(|db| db >= least),
+            Goal::Agreement(least) => attempt.agreement.is_some_and(|share| share >= least),
+            Goal::Accuracy(least) => attempt.accuracy.is_some_and(|share| share >= least),
+            Goal::Bytes(_) => true,
+        };
+        Ok(attempt)
+    }
+
+    fn finish(mut self, path: &[Upgrade], kept: &[usize]) -> Result<Mixed> {
+        let chosen = self.measure(path, kept)?;
+        let precisions = self.precisions(path, kept);
+        let (plan, model) = self.make(&precisions)?;
+        for (choice, precision) in self.choices.iter_mut().zip(precisions) {
+            choice.precision = precision;
+        }
+        Ok(Mixed { plan, model, layers: self.choices, attempts: self.attempts, chosen })
+    }
+}

@@ -1,0 +1,190 @@
+//! What rescues a model that rounding broke: weights of neighbouring layers brought to like ranges, rounding that is learned.
+
+use super::diagnose::calibrating;
+use super::export::difference;
+use super::{cnn, gelu, mlp, onnxruntime, options, samples};
+use nibble_models::graph::{GraphRunner, Rten, fold_model, inputs};
+use nibble_models::qat::adaround::{Learning, learn};
+use nibble_models::vision::calibrate::equalize_weights;
+use nibble_models::vision::data::Data;
+use nibble_models::vision::prepare::{Equalize, Prepared, prepare};
+use nibble_quant::onnx::equalize::absorb::{self, Moments, absorb};
+use nibble_quant::onnx::tensor::{floats, from_f32};
+use nibble_quant::onnx::{External, Graph, Model, Settings};
+use std::path::Path;
+
+/// [`cnn`] whose depthwise weights differ in size from channel to channel, and what reads them the other way round: what
+/// folding BatchNormalization leaves of such networks. ReLU6 is not reached, but by channel 3.
+fn uneven() -> Model {
+    let mut model = cnn();
+    let factor = |c: usize| if c == 3 { 1.0 } else { 4f32.powi((c % 5) as i32 - 2) };
+    for tensor in &mut model.graph_mut().initializer {
+        let dims: Vec<usize> = tensor.dims.iter().map(|&d| d as usize).collect();
+        let mut values = floats(tensor).unwrap();
+        match tensor.name() {
+            "w1" => values.iter_mut().for_each(|v| *v *= 0.3),
+            "b1" => values.iter_mut().enumerate().for_each(|(c, v)| *v = if c == 3 { 7.0 } else { 0.1 * *v }),
+            "w2" => values.iter_mut().enumerate().for_each(|(i, v)| *v *= factor(i / 9)),
+            "b2" => values.iter_mut().enumerate().for_each(|(c, v)| *v *= factor(c)),
+            "w3" => values.iter_mut().enumerate().for_each(|(i, v)| *v /= factor(i / 9 % 16)),
+            _ => continue,
+        }
+        *tensor = from_f32(tensor.name(), &dims, &values);
+    }
+    model
+}
+
+fn logits(model: &Model, data: &Data) -> Vec<f32> {
+    let wanted = vec![model.graph().output[0].name().to_owned()];
+    let runner = Rten::new(model, &wanted, 1).unwrap();
+    let mut all = Vec::new();
+    data.each(&mut |sample, _| {
+        all.extend_from_slice(runner.run(&sample, &wanted)?.remove(0).as_floats("")?);
+        Ok(true)
+    })
+    .unwrap();
+    all
+}
+
+fn decibels(exact: &[f32], found: &[f32]) -> f64 {
+    let square = |a: f32| f64::from(a).powi(2);
+    let signal: f64 = exact.iter().map(|&a| square(a)).sum();
+    let noise: f64 = exact.iter().zip(found).map(|(a, b)| square(a - b)).sum();
+    10.0 * (signal / noise).log10()
+}
+
+fn made(float: &Model, file: &Path, settings: &Settings, equalize: Equalize) -> Prepared {
+    let mut model = float.clone();
+    let folded = fold_model(&mut model, 1).unwrap();
+    let data = Data::open(file, &inputs(&model), options()).unwrap();
+    prepare(model, folded, settings, &data, equalize, &calibrating("minmax"), &mut || ()).unwrap()
+}
+
+#[test]
+fn layers_are_equalized_through_a_relu6_that_does_nothing_and_not_through_one_that_does() {
+    let place = tempfile::tempdir().unwrap();
+    let float = uneven();
+    let file = samples(&float, 16, place.path());
+    let data = Data::open(&file, &inputs(&float), options()).unwrap();
+    let mut folded = float.clone();
+    fold_model(&mut folded, 1).unwrap();
+    let mut equal = folded.clone();
+    let changed = equalize_weights(&mut equal, &data, &calibrating("minmax"), &mut || ()).unwrap();
+    assert!(changed >= 1);
+    let exact = logits(&folded, &data);
+    let off = difference(&logits(&equal, &data), &exact);
+    assert!(off < 1e-4, "the function is what it was: {off}");
+    let of = |model: &Model, name: &str| {
+        let graph = model.graph();
+        floats(graph.initializer.iter().find(|t| t.name() == name).unwrap()).unwrap()
+    };
+    // Channel 3 reaches 6: what makes it stays.
+    assert_eq!(of(&equal, "w1")[81..108], of(&folded, "w1")[81..108]);
+    let spread = |values: &[f32]| {
+        let ends = values.chunks(9).map(|c| c.iter().fold(0f32, |m, v| m.max(v.abs())));
+        ends.clone().fold(0f32, f32::max) / ends.fold(f32::MAX, f32::min)
+    };
+    let (before, after) = (spread(&of(&folded, "w2")), spread(&of(&equal, "w2")));
+    assert!(after < before / 4.0, "{before} and {after}");
+
+    let mut settings = Settings::default();
+    settings.weights.per_channel = false;
+    let [plain, rescued] = [Equalize::Nothing, Equalize::Weights].map(|equalize| {
+        let quantized = made(&float, &file, &settings, equalize).quantize().unwrap();
+        decibels(&exact, &logits(&quantized, &data))
+    });
+    assert!(rescued > plain + 3.0, "{plain:.1} dB, with equal layers {rescued:.1} dB");
+}
+
+#[test]
+fn learned_rounding_is_never_worse_than_the_nearest_and_better_on_the_whole() {
+    let place = tempfile::tempdir().unwrap();
+    let gemm = mlp(&[1, 32], true);
+    for (name, float) in [("cnn", cnn()), ("products", mlp(&[1, 5, 32], false)), ("gemms", gemm), ("gelu", gelu())] {
+        let file = samples(&float, 24, place.path());
+        let data = Data::open(&file, &inputs(&float), options()).unwrap();
+        let mut settings = Settings::default();
+        // Few bits: what is lost is weights'.
+        settings.weights.bits = 4;
+        settings.weights.algorithm = "search";
+        let how = calibrating("minmax");
+        let mut prepared = made(&float, &file, &settings, Equalize::Nothing);
+        let exact = logits(&prepared.model, &data);
+        let nearest = decibels(&exact, &logits(&prepared.quantize().unwrap(), &data));
+        let learned = learn(&mut prepared, &data, &how, Learning::default(), &mut || ()).unwrap();
+        assert_eq!(learned.len(), if name == "cnn" { 5 } else { 2 }, "{name}");
+        for row in &learned {
+            assert!(row.learned <= row.nearest, "{name}: {row:?}");
+            assert!(row.learned < 0.9 * row.nearest && row.moved > 0.01, "{name}: {row:?}");
+        }
+        let quantized = prepared.quantize().unwrap();
+        let better = decibels(&exact, &logits(&quantized, &data));
+        assert!(better > nearest + 0.5, "{name}: {nearest:.2} dB, learned {better:.2} dB");
+        // The same again gives the same, and onnxruntime means it too.
+        let mut again = made(&float, &file, &settings, Equalize::Nothing);
+        learn(&mut again, &data, &how, Learning::default(), &mut || ()).unwrap();
+        assert!(again.quantize().unwrap().proto == quantized.proto, "{name}");
+        let (a, b) = (place.path().join("a.onnx"), place.path().join("b.onnx"));
+        float.save(&a, External::Auto).unwrap();
+        quantized.save(&b, External::Auto).unwrap();
+        let words = ["compare", a.to_str().unwrap(), b.to_str().unwrap(), file.to_str().unwrap()];
+        let Some(compared) = onnxruntime(&words) else { continue };
+        let found = 10.0 * (compared["signal"].as_f64().unwrap() / compared["noise"].as_f64().unwrap()).log10();
+        assert!((found - better).abs() < 1.0, "{name}: {found} dB in onnxruntime, {better} dB here");
+    }
+}
+
+/// A linear layer whose outputs are far from zero, a Relu, and one that reads it.
+#[test]
+fn what_channels_never_fall_below_moves_into_the_next_bias() {
+    let place = tempfile::tempdir().unwrap();
+    for (name, mut float) in [("gemms", mlp(&[1, 32], true)), ("products", mlp(&[1, 5, 32], false))] {
+        for tensor in &mut float.graph_mut().initializer {
+            if tensor.name() == "b1" {
+                *tensor =
+                    from_f32("b1", &[64], &(0..64).map(|c| if c % 2 == 0 { 40.0 } else { 0.5 }).collect::<Vec<_>>());
+            }
+        }
+        let file = samples(&float, 32, place.path());
+        let data = Data::open(&file, &inputs(&float), options()).unwrap();
+        let mut folded = float.clone();
+        fold_model(&mut folded, 1).unwrap();
+        let reach = |model: &Model| {
+            let wanted = ["r".to_owned()];
+            let runner = Rten::new(model, &wanted, 1).unwrap();
+            let mut largest = 0f32;
+            data.each(&mut |sample, _| {
+                let r = runner.run(&sample, &wanted)?.remove(0);
+                largest = r.as_floats("r")?.iter().fold(largest, |m, v| m.max(*v));
+                Ok(true)
+            })
+            .unwrap();
+            largest
+        };
+        let graph = Graph::new(folded.graph()).unwrap();
+        let axes = absorb::tensors(&graph);
+        assert_eq!(axes.keys().collect::<Vec<_>>(), ["h"], "{name}");
+        // A deviation of zero: as much as can be is taken out.
+        let smallest = |c: usize| {
+            let wanted = ["h".to_owned()];
+            let runner = Rten::new(&folded, &wanted, 1).unwrap();
+            let mut least = f32::MAX;
+            data.each(&mut |sample, _| {
+                let h = runner.run(&sample, &wanted)?.remove(0);
+                least = h.as_floats("h")?.iter().skip(c).step_by(64).fold(least, |m, v| m.min(*v));
+                Ok(true)
+            })
+            .unwrap();
+            f64::from(least).max(0.0)
+        };
+        let means: Vec<f64> = (0..64).map(smallest).collect();
+        assert!(means.iter().step_by(2).all(|&c| c > 5.0), "{name}: {means:?}");
+        let squares = means.iter().map(|m| (m * m) as f32).collect();
+        let seen = [("h".to_owned(), Moments { means, squares })].into();
+        let mut absorbed = folded.clone();
+        assert_eq!(absorb(&mut absorbed, &seen).unwrap(), 1, "{name}");
+        let off = difference(&logits(&absorbed, &data), &logits(&folded, &data));
+        assert!(off < 1e-4, "{name}: {off}");
+        assert!(reach(&absorbed) < 0.8 * reach(&folded), "{name}: {} of {}", reach(&absorbed), reach(&folded));
+    }
+}
