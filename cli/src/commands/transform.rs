@@ -11,7 +11,8 @@ use nibble_models::{ModelConfig, Sidecars, gguf_sidecars};
 use nibble_quant::convert::{self, Options};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, Dtype, OutputOptions, TensorSource};
-use nibble_quant::transform::{TRANSFORMS, Transformed, transform};
+use nibble_quant::stats::Stats;
+use nibble_quant::transform::{Arguments, TRANSFORMS, transform};
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -29,9 +30,12 @@ pub struct Transform {
     /// Folder to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// How the residual stream is turned
+    /// How the residual stream is turned, or columns are scaled
     #[arg(long, value_name = "HOW", default_value = "hadamard", value_parser = PossibleValuesParser::new(TRANSFORMS.iter().map(|t| t.name)))]
     rotate: String,
+    /// Statistics that `nibble calibrate` has written, for `smooth` and `awq`
+    #[arg(long, value_name = "FILE")]
+    stats: Option<PathBuf>,
     /// Where randomness starts
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -67,7 +71,9 @@ impl Run for Transform {
         for (name, bytes) in extra.iter_mut().filter(|(name, _)| name.as_os_str() == "config.json") {
             *bytes = untied(name, bytes)?;
         }
-        let transformed = Transformed::new(&*source, transform(&self.rotate)?, self.seed)?;
+        let stats = self.stats.as_deref().map(Stats::read).transpose()?;
+        let arguments = Arguments { seed: self.seed, stats: stats.as_ref() };
+        let transformed = transform(&self.rotate)?.apply(&*source, &arguments)?;
         let options = Options {
             output: OutputOptions { force: self.force, resume: self.resume },
             stop: Some(session.stop()),
@@ -76,7 +82,7 @@ impl Run for Transform {
             ..Options::default()
         };
         let meter = Meter::new(session, "transform", "tensors");
-        let report = convert::transform(&transformed, Dtype::F32, &self.output, &options, &meter)?;
+        let report = convert::transform(&*transformed, &self.rotate, Dtype::F32, &self.output, &options, &meter)?;
         drop(meter);
         if session.json {
             return output::json(&json!({
