@@ -8,15 +8,17 @@
 //! The model is built once more here, from candle's tensors, since gradients need its operators' ways back. It has to
 //! give the logits of [`crate::decoder`]; a test holds them together.
 
+mod attention;
+
 use crate::calibrate::{Calibration, CalibrationPlan};
 use crate::config::{Activation, ModelConfig};
 use crate::error::{ModelError, Result};
-use crate::qat::ops::softmax;
 use crate::sample::Rng;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use nibble_quant::QuantError;
 use nibble_quant::format::source::TensorSource;
 use nibble_quant::stats::{Input, Stats, gram_bytes};
+use attention::Attention;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Rows whose logits are held at once.
@@ -214,16 +216,14 @@ impl<'a> Differentiable<'a> {
         let q = heads(&layer.q, layer.q_norm.as_ref(), c.heads, turn)?;
         let k = heads(&layer.k, layer.k_norm.as_ref(), c.kv_heads, turn)?;
         let v = heads(&layer.v, None, c.kv_heads, false)?;
-        // Queries that share keys are rows of one product.
-        let q = q.reshape((c.kv_heads, c.group() * count, c.head_dim))?;
-        let mut scores = (q.matmul(&k.t()?)? * c.query_scale as f64)?;
-        if let Some(cap) = c.attention_softcap {
-            scores = ((scores / cap as f64)?.tanh()? * cap as f64)?;
-        }
-        let scores = scores.reshape((c.heads, count, count))?.broadcast_add(&mask(count, c.layers[i].window)?)?;
-        let shares = softmax(&scores)?.reshape((c.kv_heads, c.group() * count, count))?;
-        let mixed = shares.matmul(&v)?.reshape((c.heads, count, c.head_dim))?;
-        mixed.transpose(0, 1)?.contiguous()?.reshape((count, c.q_width()))
+        let op = Attention {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            scale: c.query_scale,
+            softcap: c.attention_softcap,
+            window: c.layers[i].window,
+        };
+        op.apply(&q, &k, &v)?.transpose(0, 1)?.contiguous()?.reshape((count, c.q_width()))
     }
 
     /// Gradient of the negative log likelihood of tokens drawn from the predictions, by what the head reads.
@@ -305,13 +305,6 @@ fn rotate(x: &Tensor, shared: &Shared) -> Candle<Tensor> {
         0 => Tensor::cat(&[first, second], 2),
         rest => Tensor::cat(&[first, second, x.narrow(2, 2 * pairs, rest)?], 2),
     }
-}
-
-/// 0 where a query sees a key, far below 0 elsewhere: (queries, keys).
-fn mask(count: usize, window: Option<usize>) -> Candle<Tensor> {
-    let sees = |q: usize, k: usize| k <= q && window.is_none_or(|w| q < k + w);
-    let value = |i: usize| if sees(i / count, i % count) { 0f32 } else { -1e30 };
-    Tensor::from_vec((0..count * count).map(value).collect(), (count, count), &Device::Cpu)
 }
 
 impl Linear {

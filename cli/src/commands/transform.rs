@@ -12,17 +12,19 @@ use nibble_quant::convert::{self, Options};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, Dtype, OutputOptions, TensorSource};
 use nibble_quant::stats::Stats;
-use nibble_quant::transform::{Arguments, TRANSFORMS, transform};
+use nibble_quant::transform::{Arguments, Kind, TRANSFORMS, transform};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Rewrite a checkpoint without changing what it computes: fold norm gains into linears, rotate the residual stream
+/// Rewrite a checkpoint without changing what it computes: fold norm gains into linears, rotate the residual stream, scale
+/// columns
 #[derive(Debug, clap::Args)]
 #[command(after_help = format!("Example: nibble transform SmolLM2-135M-Instruct -o rotated --rotate hadamard --seed 1
 
 {}
 
-Weights are written in 32-bit floats; the output head gets weights of its own.", rotations()))]
+Weights are written in 32-bit floats; where the stream is turned the output head gets weights of its own. What was observed of a
+model is not of the rewritten one: calibrate that anew.", rotations()))]
 pub struct Transform {
     /// Checkpoint folder or GGUF file, or ORG/NAME on the hub
     #[arg(value_name = "SRC")]
@@ -68,12 +70,13 @@ impl Run for Transform {
                 (format::open(&path)?, vec![(PathBuf::from("config.json"), config)])
             }
         };
+        let row = transform(&self.rotate)?;
         for (name, bytes) in extra.iter_mut().filter(|(name, _)| name.as_os_str() == "config.json") {
-            *bytes = untied(name, bytes)?;
+            *bytes = in_floats(name, bytes, matches!(row.kind, Kind::Rotation(_)))?;
         }
         let stats = self.stats.as_deref().map(Stats::read).transpose()?;
         let arguments = Arguments { seed: self.seed, stats: stats.as_ref() };
-        let transformed = transform(&self.rotate)?.apply(&*source, &arguments)?;
+        let transformed = row.apply(&*source, &arguments)?;
         let options = Options {
             output: OutputOptions { force: self.force, resume: self.resume },
             stop: Some(session.stop()),
@@ -101,13 +104,15 @@ impl Run for Transform {
     }
 }
 
-/// config.json of the same model with an output head of its own and weights in f32.
-fn untied(file: &std::path::Path, bytes: &[u8]) -> Result<Vec<u8>> {
+/// config.json of the same model with weights in f32, and with an output head of its own if it gets one.
+fn in_floats(file: &std::path::Path, bytes: &[u8], own_head: bool) -> Result<Vec<u8>> {
     let mut json: serde_json::Value = serde_json::from_slice(bytes)?;
     if ModelConfig::from_json(file, &json)?.norm_add_one {
-        bail!("its norms multiply by 1 + gain; folding such gains isn't known here");
+        bail!("its norms multiply by 1 + gain; what becomes of such gains isn't known here");
     }
-    json["tie_word_embeddings"] = json!(false);
+    if own_head {
+        json["tie_word_embeddings"] = json!(false);
+    }
     for name in ["torch_dtype", "dtype"] {
         if json.get(name).is_some() {
             json[name] = json!("float32");

@@ -8,9 +8,11 @@
 use super::fit::{Method, Rule};
 use super::gptq::{self, DAMPING};
 use super::{AlgoInput, descent, rows};
-use crate::QTensor;
 use crate::error::Result;
-use crate::linalg::{Decide, Feedback, Pair};
+use crate::linalg::{Decide, Dense, Feedback, Pair};
+use crate::stats::Input;
+use crate::{OutlierSpec, QTensor};
+use std::sync::Arc;
 
 /// What is added to the diagonal of G, as a share of its mean.
 const OUTPUTS_DAMPING: f32 = 0.2;
@@ -28,23 +30,16 @@ pub(super) fn quantize(input: &AlgoInput) -> Result<QTensor> {
     Ok(if error(&tensor) <= error(&searched) { tensor } else { searched })
 }
 
-type Sides<'a> = (&'a crate::stats::Input, std::sync::Arc<Feedback>, (Feedback, crate::linalg::Dense));
-
-fn env(name: &str, or: f32) -> f32 {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(or)
-}
+/// What was observed, the factor over columns, and the matrix over rows with its factor.
+type Sides<'a> = (&'a Input, Arc<Feedback>, (Feedback, Dense));
 
 fn sides<'a>(input: &AlgoInput<'a>) -> Option<Sides<'a>> {
     let calibrated = input.calibrated.filter(|c| c.width() == input.shape[1])?;
     let outputs = calibrated.outputs().filter(|outputs| outputs.width() == input.shape[0])?;
-    if outputs.width() == 0 || input.spec.outliers != crate::OutlierSpec::None {
+    if input.weight.is_empty() || input.spec.outliers != OutlierSpec::None {
         return None;
     }
-    Some((
-        calibrated,
-        calibrated.feedback(env("NQ_DAMP", DAMPING))?,
-        calibrated.outputs_feedback(env("NQ_ODAMP", OUTPUTS_DAMPING))?,
-    ))
+    Some((calibrated, calibrated.feedback(DAMPING)?, calibrated.outputs_feedback(OUTPUTS_DAMPING)?))
 }
 
 /// Codes chosen again under a tensor's numbers.

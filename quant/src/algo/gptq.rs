@@ -40,8 +40,7 @@ pub(super) fn quantize_and_descend(input: &AlgoInput) -> Result<QTensor> {
 
 fn factor<'a>(input: &AlgoInput<'a>) -> Option<(&'a Input, Arc<Feedback>)> {
     let calibrated = input.calibrated.filter(|c| c.width() == input.shape[1])?;
-    let damping = std::env::var("NQ_DAMP").ok().and_then(|v| v.parse().ok()).unwrap_or(DAMPING);
-    Some((calibrated, calibrated.feedback(damping)?))
+    Some((calibrated, calibrated.feedback(DAMPING)?))
 }
 
 /// Codes chosen again under a tensor's numbers.
