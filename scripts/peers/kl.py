@@ -17,9 +17,11 @@ def main(name, file, log):
     bits = 8 * sum(int(t.n_bytes) for t in linears) / sum(int(t.n_elements) for t in linears)
     text = open(log, encoding="utf-8", errors="replace").read()
 
-    def number(pattern):
-        found = re.search(pattern + r"\s*:?\s*(-?[\d.]+)", text)
+    def number(name):
+        found = re.search(rf"^{name}\s*:\s*(-?[\d.]+)", text, re.MULTILINE)
         return float(found[1]) if found else None
+
+    same = number("Same top p")
 
     print(json.dumps({
         "peer": f"llama.cpp {name}",
@@ -28,8 +30,7 @@ def main(name, file, log):
         "reference_ppl": number(r"Mean PPL\(base\)"),
         "ppl_ratio": number(r"Mean PPL\(Q\)/PPL\(base\)"),
         "kl": {"mean": number(r"Mean\s+KLD"), "p99": number(r"99\.0%\s+KLD")},
-        "same_top1": number(r"Same top p"),
-        "ms_per_token": number(r"prompt eval time =\s*[\d.]+ ms /\s*\d+ tokens \(\s*"),
+        "same_top1": same and round(same / 100, 5),
     }))
 
 

@@ -35,7 +35,7 @@ type Sides<'a> = (&'a Input, Arc<Feedback>, (Feedback, Dense));
 
 fn sides<'a>(input: &AlgoInput<'a>) -> Option<Sides<'a>> {
     let calibrated = input.calibrated.filter(|c| c.width() == input.shape[1])?;
-    let outputs = calibrated.outputs().filter(|outputs| outputs.width() == input.shape[0])?;
+    calibrated.outputs().filter(|outputs| outputs.width() == input.shape[0])?;
     if input.weight.is_empty() || input.spec.outliers != OutlierSpec::None {
         return None;
     }
