@@ -14,11 +14,11 @@ use crate::calibrate::{Calibration, CalibrationPlan};
 use crate::config::{Activation, ModelConfig};
 use crate::error::{ModelError, Result};
 use crate::sample::Rng;
+use attention::Attention;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use nibble_quant::QuantError;
 use nibble_quant::format::source::TensorSource;
 use nibble_quant::stats::{Input, Stats, gram_bytes};
-use attention::Attention;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Rows whose logits are held at once.
@@ -250,7 +250,8 @@ impl<'a> Differentiable<'a> {
         let mut grams = (0, 0);
         for layer in self.layers {
             for linear in [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down] {
-                let seen = Arc::into_inner(linear.seen).map(|seen| seen.into_inner().unwrap_or_else(PoisonError::into_inner));
+                let seen =
+                    Arc::into_inner(linear.seen).map(|seen| seen.into_inner().unwrap_or_else(PoisonError::into_inner));
                 let Some(input) = seen else { continue };
                 match input.gram() {
                     Some(_) => grams.0 += 1,
@@ -399,7 +400,13 @@ mod tests {
             let tokens: Vec<u32> = (0..17).map(|i| (i * 37 + 5) % config.vocab_size as u32).collect();
             let backend = CpuBackend::new(Arc::new(Pool::new(1)), ActKind::F32);
             let decoder = Decoder::load(&config, Weights::new(&*source), backend).unwrap();
-            let plan = ContextPlan { capacity: 17, chunk: 17, logit_rows: 17, kv: crate::backend::KvKind::F32, ..ContextPlan::default() };
+            let plan = ContextPlan {
+                capacity: 17,
+                chunk: 17,
+                logit_rows: 17,
+                kv: crate::backend::KvKind::F32,
+                ..ContextPlan::default()
+            };
             let mut cx = decoder.context(plan).unwrap();
             decoder.forward(&mut cx, &[(0, &tokens)], None).unwrap();
             let wanted = decoder.logits(&mut cx, &(0..17).collect::<Vec<_>>()).unwrap().into_owned();
@@ -483,7 +490,8 @@ mod tests {
     fn log_likelihoods(model: &Differentiable) -> Vec<f64> {
         let c = model.config;
         let ids = Tensor::new(&[7u32], &Device::Cpu).unwrap();
-        let embedded = (model.embedding.index_select(&ids, 0).unwrap() * c.embedding_scale.unwrap_or(1.0) as f64).unwrap();
+        let embedded =
+            (model.embedding.index_select(&ids, 0).unwrap() * c.embedding_scale.unwrap_or(1.0) as f64).unwrap();
         let logits = model.hidden(&embedded).unwrap().matmul(&model.head.t().unwrap()).unwrap();
         let cap = |z: f32| c.logit_softcap.map_or(z, |cap| cap * (z / cap).tanh());
         let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();

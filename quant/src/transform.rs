@@ -17,8 +17,8 @@ pub use factors::{Factored, Site};
 pub use rotation::Rotation;
 
 use crate::error::Result;
-use crate::stats::Stats;
 use crate::format::{Dtype, Stored, TensorInfo, TensorSource, damaged, tensor_error};
+use crate::stats::Stats;
 use crate::{QuantError, names};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -60,11 +60,7 @@ impl Transform {
     /// # Errors
     /// A tensor's place in the model isn't known, sizes contradict each other, a tensor is codes or can't be read; or the
     /// transform needs statistics and there are none.
-    pub fn apply<'a>(
-        &self,
-        source: &'a dyn TensorSource,
-        arguments: &Arguments,
-    ) -> Result<Box<dyn TensorSource + 'a>> {
+    pub fn apply<'a>(&self, source: &'a dyn TensorSource, arguments: &Arguments) -> Result<Box<dyn TensorSource + 'a>> {
         match (self.kind, arguments.stats) {
             (Kind::Rotation(rotation), _) => Ok(Box::new(Transformed::new(source, rotation, arguments.seed)?)),
             (Kind::Factors(choose), Some(stats)) => Ok(Box::new(Factored::new(source, stats, choose)?)),

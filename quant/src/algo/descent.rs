@@ -85,8 +85,11 @@ pub(super) fn error_on_both_sides(input: &AlgoInput, tensor: &QTensor, h: &Dense
     let back = tensor.dequantize();
     let d: Vec<f32> = input.weight.iter().zip(&back).map(|(w, q)| w - q).collect();
     let isa = Isa::best();
-    let rows: Vec<f64> =
-        d.par_chunks(k).enumerate().map(|(r, own)| simd::dispatch(isa, RowError { own, d: &d, ties: g.row(r), h })).collect();
+    let rows: Vec<f64> = d
+        .par_chunks(k)
+        .enumerate()
+        .map(|(r, own)| simd::dispatch(isa, RowError { own, d: &d, ties: g.row(r), h }))
+        .collect();
     rows.iter().sum()
 }
 
