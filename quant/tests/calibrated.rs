@@ -362,8 +362,9 @@ fn gradients_survive_a_file_and_wrong_ones_are_refused() {
     assert_eq!((read.inputs["w"].gram(), read.inputs["w"].outputs()), (input.gram(), input.outputs()));
     let mut input = Input::both(K, ROWS);
     let (x, g) = (activations(3, 1), vec![1.0; 3 * ROWS]);
-    for (x, g) in [(&x[1..], &g[..]), (&x[..], &g[1..]), (&x[..K], &g[..]), (&[], &[]), (&x[..], &[f32::NAN; 3 * ROWS])]
-    {
+    let nan = vec![f32::NAN; 3 * ROWS];
+    let cases: [(&[f32], &[f32]); 5] = [(&x[1..], &g), (&x, &g[1..]), (&x[..K], &g), (&[], &[]), (&x, &nan)];
+    for (x, g) in cases {
         assert!(input.observe_gradients("w", x, g).unwrap_err().to_string().contains("`w`"));
     }
     assert_eq!(input.rows(), 0);
