@@ -10,7 +10,8 @@ use nibble_models::weights::Weights;
 use nibble_models::{ModelConfig, gguf_sidecars};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, TensorInfo, TensorSource};
-use nibble_quant::transform::{TRANSFORMS, Transformed, transform};
+use nibble_quant::stats::{Input, Stats};
+use nibble_quant::transform::{Arguments, Kind, TRANSFORMS, transform};
 use serde_json::json;
 use std::collections::HashMap;
 use std::path::Path;
@@ -93,9 +94,13 @@ fn transforms_change_weights_and_no_logits() {
         let config = ModelConfig::load(dir.path()).unwrap();
         let tokens: Vec<u32> = (0..24).map(|i| (i * 37 + 11) % plan.vocab_size as u32).collect();
         let wanted = logits(&*source, &config, &tokens);
+        let stats = observed(&*source);
+        let arguments = Arguments { seed: 5, stats: Some(&stats) };
         for row in TRANSFORMS {
-            let transformed = Transformed::new(&*source, row, 5).unwrap();
-            let found = logits(&Held::all_of(&transformed), &untied(&config), &tokens);
+            let transformed = row.apply(&*source, &arguments).unwrap();
+            let rotates = matches!(row.kind, Kind::Rotation(_));
+            let now = if rotates { untied(&config) } else { config.clone() };
+            let found = logits(&Held::all_of(&*transformed), &now, &tokens);
             let difference = largest_difference(&found, &wanted);
             // Weights are rounded once more, to 24 bits.
             assert!(difference < 2e-5, "{model_type}, {}: logits differ by {difference}", row.name);
@@ -105,17 +110,51 @@ fn transforms_change_weights_and_no_logits() {
                 values
             };
             for name in ["model.layers.1.input_layernorm.weight", "model.norm.weight"] {
-                assert!(read(&transformed, name).iter().all(|g| *g == 1.0), "{}: {name}", row.name);
+                let ones = read(&*transformed, name).iter().all(|g| *g == 1.0);
+                assert_eq!(ones, rotates, "{}: {name}", row.name);
             }
             for name in ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"] {
-                assert!(read(&transformed, name) != read(&*source, name), "{}: {name}", row.name);
+                assert!(read(&*transformed, name) != read(&*source, name), "{}: {name}", row.name);
             }
             // Read by parts it is the same.
             let (name, mut part) = ("model.layers.1.mlp.down_proj.weight", Vec::new());
             transformed.read_rows_f32(name, 10..31, &mut part).unwrap();
             let cols = transformed.info(name).unwrap().rows_cols().1;
-            assert_eq!(part, read(&transformed, name)[10 * cols..31 * cols], "{}", row.name);
+            assert_eq!(part, read(&*transformed, name)[10 * cols..31 * cols], "{}", row.name);
         }
+    }
+}
+
+const PLAIN: Arguments = Arguments { seed: 0, stats: None };
+
+/// Statistics of inputs with a few large columns, for every linear layer.
+fn observed(source: &dyn TensorSource) -> Stats {
+    let mut stats = Stats::default();
+    for info in source.infos().iter().filter(|info| info.name.ends_with("_proj.weight")) {
+        let width = info.rows_cols().1;
+        let x: Vec<f32> = (0..40 * width)
+            .map(|i| (((i * 7919) % 997) as f32 / 997.0 - 0.5) * if i % width % 19 == 3 { 8.0 } else { 1.0 })
+            .collect();
+        let mut input = Input::new(width, true);
+        input.observe(&info.name, &x).unwrap();
+        stats.inputs.insert(info.name.clone(), Arc::new(input));
+    }
+    stats
+}
+
+#[test]
+fn factors_need_statistics() {
+    let dir = tempfile::tempdir().unwrap();
+    SynthPlan::tiny("llama").write(dir.path(), None).unwrap();
+    let source = format::open(dir.path()).unwrap();
+    for name in ["smooth", "awq"] {
+        let apply = |stats: Option<&Stats>| {
+            let arguments = Arguments { seed: 0, stats };
+            transform(name).unwrap().apply(&*source, &arguments).map(|_| ()).unwrap_err().to_string()
+        };
+        assert!(apply(None).contains("needs statistics"), "{}", apply(None));
+        let of_none = apply(Some(&Stats::default()));
+        assert!(of_none.contains("none of its layers"), "{of_none}");
     }
 }
 
@@ -156,7 +195,7 @@ fn what_meets_the_residual_stream_in_an_unknown_way_is_refused() {
         let views = tensors.iter().map(|(name, view)| (name.replace(from, to), view.clone()));
         std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
         let source = format::open(dir.path()).unwrap();
-        Transformed::new(&*source, &TRANSFORMS[0], 0).map(|_| ()).unwrap_err().to_string()
+        TRANSFORMS[0].apply(&*source, &PLAIN).map(|_| ()).unwrap_err().to_string()
     };
     let unknown = renamed("mlp.up_proj", "mlp.experts.0.up_proj");
     assert!(unknown.contains("mlp.experts.0.up_proj.weight") && unknown.contains("isn't known"), "{unknown}");
@@ -174,7 +213,7 @@ fn smollm2_turned_by_hadamard_predicts_the_same() {
     let config = ModelConfig::from_json(&gguf, &json).unwrap();
     let tokens: Vec<u32> = (0..32).map(|i| 100 + i * 331).collect();
     let wanted = logits(&source, &config, &tokens);
-    let transformed = Transformed::new(&source, transform("hadamard").unwrap(), 0).unwrap();
-    let difference = largest_difference(&logits(&Held::all_of(&transformed), &untied(&config), &tokens), &wanted);
+    let transformed = transform("hadamard").unwrap().apply(&source, &PLAIN).unwrap();
+    let difference = largest_difference(&logits(&Held::all_of(&*transformed), &untied(&config), &tokens), &wanted);
     assert!(difference < 1e-3, "logits differ by {difference}");
 }

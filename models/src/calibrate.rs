@@ -26,6 +26,23 @@ pub struct CalibrationPlan {
     pub text: String,
 }
 
+impl CalibrationPlan {
+    /// How many chunks are run, and the tokens that they are cut from.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(crate) fn chunks<'a>(&self, tokens: &'a [u32]) -> Result<(usize, &'a [u32])> {
+        let tokens = &tokens[..self.tokens.unwrap_or(tokens.len()).min(tokens.len())];
+        match tokens.len().checked_div(self.n_ctx) {
+            None | Some(0) => {
+                let why = format!("the calibration text has {} tokens; one chunk takes {}", tokens.len(), self.n_ctx);
+                Err(ModelError::Eval { why })
+            }
+            Some(chunks) => Ok((chunks, tokens)),
+        }
+    }
+}
+
 /// What calibration gave.
 #[derive(Debug, Clone)]
 pub struct Calibration {
@@ -58,12 +75,7 @@ pub fn calibrate<B: Backend>(
     plan: &CalibrationPlan,
     mut progress: impl FnMut(usize, usize) -> bool,
 ) -> Result<Calibration> {
-    let tokens = &tokens[..plan.tokens.unwrap_or(tokens.len()).min(tokens.len())];
-    let chunks = tokens.len().checked_div(plan.n_ctx).unwrap_or(0);
-    if chunks == 0 {
-        let why = format!("the calibration text has {} tokens; one chunk takes {}", tokens.len(), plan.n_ctx);
-        return Err(ModelError::Eval { why });
-    }
+    let (chunks, tokens) = plan.chunks(tokens)?;
     let mut watch = Watch::new(model, plan.gram_bytes);
     let context = ContextPlan { capacity: plan.n_ctx, chunk: plan.n_ctx.min(512), ..ContextPlan::default() };
     let mut cx = model.context(context)?;

@@ -100,12 +100,24 @@ pub enum ModelError {
         /// What was found and what was wanted.
         why: String,
     },
+    /// A model can't be differentiated.
+    #[error("gradients: {why}")]
+    Gradient {
+        /// What candle said.
+        why: String,
+    },
     /// Reading, checking or writing quantized tensors failed.
     #[error(transparent)]
     Quant(#[from] nibble_quant::QuantError),
     /// A kernel refused its operands.
     #[error(transparent)]
     Kernel(#[from] nibble_kernels::KernelError),
+}
+
+impl From<candle_core::Error> for ModelError {
+    fn from(error: candle_core::Error) -> Self {
+        ModelError::Gradient { why: error.to_string() }
+    }
 }
 
 impl ModelError {

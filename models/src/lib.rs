@@ -12,6 +12,7 @@ pub mod error;
 pub mod eval;
 pub mod family;
 pub mod generate;
+pub mod gradient;
 pub mod graph;
 pub mod hub;
 pub mod model;

@@ -21,7 +21,7 @@ mod rng;
 use crate::error::{ModelError, Result};
 
 use penalty::Penalties;
-use rng::Rng;
+pub(crate) use rng::Rng;
 
 /// How the next token is chosen. The default is the most likely one.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,6 +1,7 @@
 //! What a model loses when some of its layers are quantized and the others aren't: measured, and spent on where bits go.
 //!
-//! Layers of one kind in one stretch of the model make a class. Each class is quantized alone, and the divergence of the
+//! With gradients in the statistics a layer's cost is read off them: half of the error on both sides, in nats. Without,
+//! layers of one kind in one stretch of the model make a class. Each class is quantized alone, and the divergence of the
 //! model's predictions from its own in floats is what the class costs. Within a class the cost goes by the layers' output
 //! errors, and another precision changes it as it changes these; both are measured on a part of each layer's rows.
 
@@ -13,7 +14,7 @@ use crate::weights::Weights;
 use nibble_kernels::{ActKind, Pool};
 use nibble_quant::format::source::{Dtype, Stored, TensorInfo, TensorSource, decode_rows};
 use nibble_quant::recipe::allocate::{Offer, allocate};
-use nibble_quant::stats::Stats;
+use nibble_quant::stats::{Stats, Symmetric};
 use nibble_quant::{AlgoInput, QuantError, QuantSpec, Recipe, Role, Rule, algo, presets};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
@@ -28,11 +29,22 @@ const ROWS: usize = 96;
 /// Schemes that a layer may get beside the one that was asked for, by bits.
 const LADDER: &[&str] = &["int3-g32-dq", "int4-nl-g32-dq", "int5-g32-dq", "int6-g32-dq", "int8-g32-dq"];
 
+/// What an allocation is to meet.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// Bits that the linear layers' weights may take on average, with all that is stored for them.
+    Bits(f64),
+    /// Bytes that they may take together.
+    Bytes(u64),
+    /// Nats that they may be predicted to cost; as few bytes as meet them.
+    Divergence(f64),
+}
+
 /// How bits are to be allocated.
 #[derive(Debug, Clone)]
 pub struct AllocationPlan<'a> {
-    /// Bits that the linear layers' weights may take on average, with all that is stored for them.
-    pub target_bits: f64,
+    /// What is to be met.
+    pub target: Target,
     /// The text that divergence is measured on, at least one chunk of it.
     pub tokens: &'a [u32],
     /// How it is cut up.
@@ -90,7 +102,7 @@ pub fn allocate_bits(
     plan: &AllocationPlan,
     mut progress: impl FnMut(usize, usize) -> bool,
 ) -> Result<Allocation> {
-    let refuse = |why: String| QuantError::Spec { what: "--target-bpw".into(), why };
+    let refuse = |why: String| QuantError::Spec { what: plan.target.flag().into(), why };
     let at =
         recipe.rules.iter().position(|r| r.pattern.is_none() && r.role == Some(Role::Linear) && r.scheme.is_some());
     let at = at.ok_or_else(|| refuse("the recipe has no rule for linear layers".into()))?;
@@ -110,15 +122,20 @@ pub fn allocate_bits(
         return Err(refuse("no layer is quantized by the recipe's rule for linear layers".into()).into());
     }
     let weights: usize = layers.iter().map(|layer| layer.info.elements()).sum();
-    let budget = (plan.target_bits * weights as f64 / 8.0) as u64;
     let bytes = |layer: &Layer| {
         let (rows, cols) = layer.info.rows_cols();
         ladder.iter().map(move |preset| preset.scheme.weight.bytes([rows, cols])).collect::<Vec<u64>>()
     };
-    let least: u64 = layers.iter().filter_map(|layer| bytes(layer).into_iter().min()).sum();
+    let sum = |of: fn(Vec<u64>) -> Option<u64>| layers.iter().filter_map(|layer| of(bytes(layer))).sum::<u64>();
+    let (least, most) = (sum(|each| each.into_iter().min()), sum(|each| each.into_iter().max()));
+    let budget = match plan.target {
+        Target::Bits(bits) => (bits * weights as f64 / 8.0) as u64,
+        Target::Bytes(bytes) => bytes,
+        Target::Divergence(_) => most,
+    };
     let too_small = || {
-        let least = least as f64 * 8.0 / weights as f64;
-        refuse(format!("{} bits; the smallest schemes take {least:.3}", plan.target_bits))
+        let (least, given) = (least as f64 * 8.0 / weights as f64, budget as f64 * 8.0 / weights as f64);
+        refuse(format!("{given:.3} bits a weight; the smallest schemes take {least:.3}"))
     };
     if least > budget {
         return Err(too_small().into());
@@ -129,24 +146,11 @@ pub fn allocate_bits(
         layer.errors = specs.map(|spec| output_error(source, layer.info, spec, stats)).collect::<Result<_>>()?;
     }
 
-    let pool = Arc::new(Pool::new(plan.threads));
-    let load = |source: &dyn TensorSource| {
-        Decoder::load(config, Weights::new(source), CpuBackend::new(Arc::clone(&pool), ActKind::F32))
+    let in_nats = layers.iter().all(|layer| both_sides(layer.info, stats).is_some());
+    let classes = match in_nats {
+        true => costs_by_gradients(&layers),
+        false => measured(source, config, &layers, &wanted.scheme.weight, stats, plan, &mut progress)?,
     };
-    let float = Predictions::of(&load(source)?, plan.tokens, plan.eval)?;
-    let mut classes: BTreeMap<(String, usize), (f64, f64)> = BTreeMap::new();
-    for layer in &layers {
-        classes.entry(layer.class.clone()).or_default().1 += layer.own;
-    }
-    let count = classes.len();
-    for (done, (class, (cost, _))) in classes.iter_mut().enumerate() {
-        let members = layers.iter().filter(|layer| layer.class == *class).map(|layer| layer.info);
-        let overlay = Overlay::new(source, members, &wanted.scheme.weight, stats)?;
-        *cost = float.divergence_of(&load(&overlay)?)?;
-        if !progress(done + 1, count) {
-            return Err(QuantError::Stopped.into());
-        }
-    }
 
     // What a unit of a layer's output error costs is its class's alone: layers without error have no share in it.
     let offers: Vec<Vec<Offer>> = layers
@@ -158,7 +162,11 @@ pub fn allocate_bits(
             bytes(layer).into_iter().zip(&layer.errors).map(offer).collect()
         })
         .collect();
-    let chosen = allocate(&offers, budget).ok_or_else(too_small)?;
+    let chosen = match plan.target {
+        Target::Divergence(nats) => least_that_meets(&offers, (least, most), nats)
+            .ok_or_else(|| refuse(format!("{nats} nats; the largest schemes are predicted to cost more")))?,
+        Target::Bits(_) | Target::Bytes(_) => allocate(&offers, budget).ok_or_else(too_small)?,
+    };
     let (mut rules, mut allocated, mut taken) = (Vec::new(), Vec::new(), 0);
     for ((layer, offers), choice) in layers.iter().zip(&offers).zip(chosen) {
         taken += offers[choice].bytes;
@@ -178,6 +186,84 @@ pub fn allocate_bits(
     recipe.rules.splice(at..at, rules);
     let predicted = allocated.iter().map(|layer| layer.cost).sum();
     Ok(Allocation { recipe, layers: allocated, bits: taken as f64 * 8.0 / weights as f64, predicted })
+}
+
+/// Cost and output error of each class.
+type Costs = BTreeMap<(String, usize), (f64, f64)>;
+
+/// Each class alone, quantized by `spec`, against the model in floats.
+fn measured(
+    source: &dyn TensorSource,
+    config: &ModelConfig,
+    layers: &[Layer],
+    spec: &QuantSpec,
+    stats: &Stats,
+    plan: &AllocationPlan,
+    progress: &mut impl FnMut(usize, usize) -> bool,
+) -> Result<Costs> {
+    let pool = Arc::new(Pool::new(plan.threads));
+    let load = |source: &dyn TensorSource| {
+        Decoder::load(config, Weights::new(source), CpuBackend::new(Arc::clone(&pool), ActKind::F32))
+    };
+    let float = Predictions::of(&load(source)?, plan.tokens, plan.eval)?;
+    let mut classes = Costs::new();
+    for layer in layers {
+        classes.entry(layer.class.clone()).or_default().1 += layer.own;
+    }
+    let count = classes.len();
+    for (done, (class, (cost, _))) in classes.iter_mut().enumerate() {
+        let members = layers.iter().filter(|layer| layer.class == *class).map(|layer| layer.info);
+        let overlay = Overlay::new(source, members, spec, stats)?;
+        *cost = float.divergence_of(&load(&overlay)?)?;
+        if !progress(done + 1, count) {
+            return Err(QuantError::Stopped.into());
+        }
+    }
+    Ok(classes)
+}
+
+/// Output errors that are nats already.
+fn costs_by_gradients(layers: &[Layer]) -> Costs {
+    let mut classes = Costs::new();
+    for layer in layers {
+        let (cost, error) = classes.entry(layer.class.clone()).or_default();
+        (*cost, *error) = (*cost + layer.own, *error + layer.own);
+    }
+    classes
+}
+
+/// The smallest choice whose losses together are at most `nats`, by halving the budget.
+fn least_that_meets(offers: &[Vec<Offer>], (mut low, mut high): (u64, u64), nats: f64) -> Option<Vec<usize>> {
+    let at = |budget: u64| {
+        let chosen = allocate(offers, budget)?;
+        let loss: f64 = chosen.iter().zip(offers).map(|(choice, offers)| offers[*choice].loss).sum();
+        (loss <= nats).then_some(chosen)
+    };
+    let mut best = at(high)?;
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match at(middle) {
+            Some(chosen) => (best, high) = (chosen, middle),
+            None => low = middle + 1,
+        }
+    }
+    Some(best)
+}
+
+impl Target {
+    /// The flag that it is typed with.
+    fn flag(self) -> &'static str {
+        match self {
+            Target::Bits(_) => "--target-bpw",
+            Target::Bytes(_) => "--target-size",
+            Target::Divergence(_) => "--target-kl",
+        }
+    }
+}
+
+/// What was observed of gradients by a layer's outputs.
+fn both_sides<'a>(info: &TensorInfo, stats: &'a Stats) -> Option<&'a Symmetric> {
+    stats.inputs.get(&info.name)?.outputs().filter(|outputs| outputs.width() == info.rows_cols().0)
 }
 
 /// A layer's kind, and the stretch of the model that it lies in.
@@ -213,17 +299,35 @@ fn searched(
     Ok((weight, values))
 }
 
-/// The output error of a layer, estimated from its first rows: second moments times squared errors, summed.
+/// The output error of a layer, estimated from its first rows: second moments times squared errors, summed; where gradients
+/// by its outputs were observed, each row by what it costs, such that the sum is in nats.
 fn output_error(source: &dyn TensorSource, info: &TensorInfo, spec: &QuantSpec, stats: &Stats) -> Result<f64> {
     let (rows, cols) = info.rows_cols();
     let some = rows.min(ROWS);
     let (weight, values) = searched(source, info, 0..some, spec, stats)?;
     source.release(&info.name);
     let moments = stats.inputs.get(&info.name).map(|input| input.mean_squares());
-    let moment = |i: usize| moments.as_ref().map_or(1.0, |m| m[i % cols.max(1)] as f64);
-    let errors = weight.iter().zip(&values).enumerate();
-    let sum: f64 = errors.map(|(i, (w, q))| moment(i) * (*w as f64 - *q as f64).powi(2)).sum();
-    Ok(sum * rows as f64 / some.max(1) as f64)
+    let moment = |i: usize| moments.as_ref().map_or(1.0, |m| m[i] as f64);
+    let error = |(w, q): (&[f32], &[f32])| -> f64 {
+        w.iter().zip(q).enumerate().map(|(i, (w, q))| moment(i) * (*w as f64 - *q as f64).powi(2)).sum()
+    };
+    let errors = weight.chunks(cols.max(1)).zip(values.chunks(cols.max(1))).map(error);
+    Ok(match both_sides(info, stats) {
+        None => errors.sum::<f64>() * rows as f64 / some.max(1) as f64,
+        Some(outputs) => {
+            let cost = |row: usize| outputs.get(row, row) as f64;
+            let all: f64 = (0..rows).map(cost).sum();
+            let seen: f64 = (0..some).map(cost).sum();
+            let trace: f64 = moments.iter().flatten().map(|m| *m as f64).sum();
+            let sum: f64 = errors.enumerate().map(|(row, error)| cost(row) * error).sum();
+            // The outputs' matrix is a sum over tokens, moments are a mean.
+            let count = stats.inputs.get(&info.name).map_or(1, |input| input.rows()).max(1) as f64;
+            match seen > 0.0 && trace > 0.0 {
+                true => 0.5 * sum * (all / seen) / (trace * count),
+                false => 0.0,
+            }
+        }
+    })
 }
 
 /// A checkpoint with some tensors as they are after quantization.

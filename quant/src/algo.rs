@@ -9,6 +9,7 @@
 //! the same bytes on any number of threads and every instruction set.
 
 mod assemble;
+mod both;
 mod descent;
 mod error;
 mod fit;
@@ -72,6 +73,12 @@ pub static ALGORITHMS: &[Algorithm] = &[
         run: |input| rows::quantize(input, fit::Method::Clip),
     },
     Algorithm {
+        name: "hqq",
+        summary: "the range's scale with the minimum or zero point of least errors to the power of 0.7, without data",
+        gram: false,
+        run: |input| rows::quantize(input, fit::Method::HalfQuadratic),
+    },
+    Algorithm {
         name: "search",
         summary: "scales (and zeros) of least weighted error: a scan, then steps along the gradient of single codes",
         gram: false,
@@ -88,6 +95,12 @@ pub static ALGORITHMS: &[Algorithm] = &[
         summary: "gptq, then single codes and scales changed for as long as that lowers the error",
         gram: true,
         run: gptq::quantize_and_descend,
+    },
+    Algorithm {
+        name: "yaqa",
+        summary: "descent by gradients of the loss as well: errors are made up for across rows too",
+        gram: true,
+        run: both::quantize,
     },
 ];
 

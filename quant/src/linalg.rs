@@ -8,6 +8,10 @@
 //!
 //! Everything is written over [`Simd`]: every sum has one order, whatever the instruction set or the number of threads.
 
+mod pair;
+
+pub use pair::Pair;
+
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
 use rayon::prelude::*;

@@ -24,6 +24,7 @@ pub struct Input {
     squares: Vec<f64>,
     absmax: Vec<f32>,
     gram: Option<Symmetric>,
+    outputs: Option<Symmetric>,
     feedback: Mutex<Weak<linalg::Feedback>>,
     factored: OnceLock<Factored>,
 }
@@ -50,9 +51,63 @@ impl Input {
             squares: vec![0.0; width],
             absmax: vec![0.0; width],
             gram: gram.then(|| Symmetric::new(width)),
+            outputs: None,
             feedback: Mutex::default(),
             factored: OnceLock::new(),
         }
+    }
+
+    /// Nothing seen yet of an input of `width` columns and of gradients by `outputs` outputs; with matrices of both.
+    pub fn both(width: usize, outputs: usize) -> Input {
+        Input { outputs: Some(Symmetric::new(outputs)), ..Input::new(width, true) }
+    }
+
+    /// Takes in rows of activations x, (rows, width), and gradients g of a loss by what the layer made of them, (rows,
+    /// outputs). Second moments and the Gram matrix count each row `|g|^2` times, the outputs' matrix `|x|^2` times: so
+    /// that one times the other, over the trace of either, is the nearest that a product of two easily comes to
+    /// `E[g g^T (x) x x^T]`.
+    ///
+    /// # Errors
+    /// As [`Input::observe`], or rows of gradients that don't fit.
+    pub fn observe_gradients(&mut self, name: &str, x: &[f32], g: &[f32]) -> Result<()> {
+        let (width, refuse) = (self.width(), |why: String| QuantError::Tensor { name: name.into(), why });
+        let rows = x.len().checked_div(width).unwrap_or(0);
+        let outputs = g.len().checked_div(rows).unwrap_or(0);
+        let fits = rows > 0 && rows * width == x.len() && rows * outputs == g.len();
+        if !fits || self.outputs.as_ref().is_some_and(|matrix| matrix.width() != outputs) {
+            return Err(refuse(format!("{} gradients for {} activations in rows of {width}", g.len(), x.len())));
+        }
+        if let Some(at) = x.iter().chain(g).position(|v| !v.is_finite()) {
+            let which = if at < x.len() { "input" } else { "gradient" };
+            return Err(refuse(format!("its {which} is not finite at place {at}")));
+        }
+        let length = |row: &[f32]| row.iter().map(|v| *v as f64 * *v as f64).sum::<f64>().sqrt() as f32;
+        let scaled = |of: &[f32], by: &[f32], width: usize, per: usize| -> Vec<f32> {
+            let rows = of.chunks_exact(width).zip(by.chunks_exact(per));
+            let rows = rows.flat_map(|(row, other)| {
+                let by = length(other);
+                row.iter().map(move |v| v * by)
+            });
+            rows.collect()
+        };
+        x.chunks_exact(width).for_each(|row| {
+            self.absmax.iter_mut().zip(row).for_each(|(absmax, v)| *absmax = absmax.max(v.abs()));
+        });
+        if outputs == 0 {
+            return Ok(());
+        }
+        self.rows += rows as u64;
+        let inputs = scaled(x, g, width, outputs);
+        for row in inputs.chunks_exact(width) {
+            self.squares.iter_mut().zip(row).for_each(|(square, v)| *square += *v as f64 * *v as f64);
+        }
+        if let Some(gram) = &mut self.gram {
+            inputs.chunks(ROWS * width).for_each(|x| gram.add_outer(x));
+        }
+        if let Some(matrix) = &mut self.outputs {
+            scaled(g, x, outputs, width).chunks(ROWS * outputs).for_each(|g| matrix.add_outer(g));
+        }
+        Ok(())
     }
 
     /// Takes in rows of activations, (rows, width).
@@ -125,6 +180,11 @@ impl Input {
         self.gram.as_ref()
     }
 
+    /// `sum g g^T` over gradients of the loss by the outputs of the layer that reads this input, if they were observed.
+    pub fn outputs(&self) -> Option<&Symmetric> {
+        self.outputs.as_ref()
+    }
+
     /// The Gram matrix factored for feedback of errors, columns of large second moments first; `damping` is a share of
     /// the mean of its diagonal, raised where the matrix isn't positive definite. Kept for as long as anybody uses it.
     /// `None` without a Gram matrix, or if no damping helps; [`Input::factored`] tells afterwards.
@@ -135,15 +195,7 @@ impl Input {
             return Some(known);
         }
         // Two threads may do this twice: factoring waits for other threads, which must not wait for this one.
-        let moments = self.mean_squares();
-        let mean = moments.iter().map(|m| *m as f64).sum::<f64>() / moments.len().max(1) as f64;
-        let mut order: Vec<u32> = (0..self.width() as u32).collect();
-        order.sort_by(|a, b| moments[*a as usize].total_cmp(&moments[*b as usize]).then(b.cmp(a)));
-        let scale = 1.0 / self.rows.max(1) as f32;
-        let made = RAISES.iter().find_map(|raise| {
-            let feedback = linalg::Feedback::new(gram, order.clone(), scale, raise * damping * mean as f32)?;
-            Some((Arc::new(feedback), raise * damping))
-        });
+        let made = factor(gram, 1.0 / self.rows.max(1) as f32, damping).map(|(made, by)| (Arc::new(made), by));
         let outcome = made.as_ref().map_or(Factored::Refused, |(_, damping)| Factored::Damped(*damping));
         self.factored.get_or_init(|| outcome);
         let made = made?.0;
@@ -156,10 +208,33 @@ impl Input {
         Some(self.gram.as_ref()?.dense(1.0 / self.rows.max(1) as f32, feedback.damping))
     }
 
+    /// The outputs' matrix, with its diagonal scaled to a mean of 1, factored and in rows.
+    pub(crate) fn outputs_feedback(&self, damping: f32) -> Option<(linalg::Feedback, linalg::Dense)> {
+        let outputs = self.outputs.as_ref()?;
+        let mean = (0..outputs.width()).map(|i| outputs.get(i, i) as f64).sum::<f64>() / outputs.width().max(1) as f64;
+        let scale = if mean > 0.0 { (1.0 / mean) as f32 } else { 0.0 };
+        let (feedback, _) = factor(outputs, scale, damping)?;
+        let dense = outputs.dense(scale, feedback.damping);
+        Some((feedback, dense))
+    }
+
     /// How factoring the Gram matrix went; `None` if nobody has asked for it.
     pub fn factored(&self) -> Option<Factored> {
         self.factored.get().copied()
     }
+}
+
+/// `scale` times the matrix factored, with the damping that it took as a share of the mean of its diagonal; large
+/// diagonal values are processed first.
+fn factor(matrix: &Symmetric, scale: f32, damping: f32) -> Option<(linalg::Feedback, f32)> {
+    let diagonal: Vec<f32> = (0..matrix.width()).map(|i| scale * matrix.get(i, i)).collect();
+    let mean = diagonal.iter().map(|m| *m as f64).sum::<f64>() / diagonal.len().max(1) as f64;
+    let mut order: Vec<u32> = (0..matrix.width() as u32).collect();
+    order.sort_by(|a, b| diagonal[*a as usize].total_cmp(&diagonal[*b as usize]).then(b.cmp(a)));
+    RAISES.iter().find_map(|raise| {
+        let made = linalg::Feedback::new(matrix, order.clone(), scale, raise * damping * mean as f32)?;
+        Some((made, raise * damping))
+    })
 }
 
 /// Bytes of the Gram matrix of an input of `width` columns.

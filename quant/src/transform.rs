@@ -8,14 +8,17 @@
 //! The output head sees another gain than the embedding, so it gets weights of its own.
 //!
 //! [`Transformed`] is a [`TensorSource`] over another one: rows are rewritten in f64 as they are read, and no more than
-//! one tensor is in memory.
+//! one tensor is in memory. Factors on columns ([`Factored`]) are the other kind.
 
+mod factors;
 mod rotation;
 
+pub use factors::{Factored, Site};
 pub use rotation::Rotation;
 
 use crate::error::Result;
 use crate::format::{Dtype, Stored, TensorInfo, TensorSource, damaged, tensor_error};
+use crate::stats::Stats;
 use crate::{QuantError, names};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -29,8 +32,44 @@ pub struct Transform {
     pub name: &'static str,
     /// One line on what it does.
     pub summary: &'static str,
-    /// What the residual stream of that width is turned by.
-    pub rotation: fn(usize, u64) -> Rotation,
+    /// What it rewrites.
+    pub kind: Kind,
+}
+
+/// What a transform rewrites.
+#[derive(Debug, Clone, Copy)]
+pub enum Kind {
+    /// Turns the residual stream by this, for a width and a seed.
+    Rotation(fn(usize, u64) -> Rotation),
+    /// Multiplies the columns of linear layers by factors that come from statistics of what they read.
+    Factors(fn(&Site) -> Result<Vec<f32>>),
+}
+
+/// What a transform may need beside the model.
+#[derive(Debug, Clone, Copy)]
+pub struct Arguments<'a> {
+    /// Where randomness starts.
+    pub seed: u64,
+    /// What was observed of the linear layers' inputs.
+    pub stats: Option<&'a Stats>,
+}
+
+impl Transform {
+    /// The source rewritten; its tensors are made as they are read.
+    ///
+    /// # Errors
+    /// A tensor's place in the model isn't known, sizes contradict each other, a tensor is codes or can't be read; or the
+    /// transform needs statistics and there are none.
+    pub fn apply<'a>(&self, source: &'a dyn TensorSource, arguments: &Arguments) -> Result<Box<dyn TensorSource + 'a>> {
+        match (self.kind, arguments.stats) {
+            (Kind::Rotation(rotation), _) => Ok(Box::new(Transformed::new(source, rotation, arguments.seed)?)),
+            (Kind::Factors(choose), Some(stats)) => Ok(Box::new(Factored::new(source, stats, choose)?)),
+            (Kind::Factors(_), None) => Err(QuantError::Spec {
+                what: format!("transform `{}`", self.name),
+                why: "needs statistics of what layers read, and there are none".into(),
+            }),
+        }
+    }
 }
 
 /// Every transform.
@@ -38,17 +77,27 @@ pub static TRANSFORMS: &[Transform] = &[
     Transform {
         name: "none",
         summary: "gains of norms go into the linears that follow",
-        rotation: |_, _| Rotation::Identity,
+        kind: Kind::Rotation(|_, _| Rotation::Identity),
     },
     Transform {
         name: "hadamard",
         summary: "the same, and a Hadamard rotation with random signs spreads large values over all columns",
-        rotation: Rotation::hadamard,
+        kind: Kind::Rotation(Rotation::hadamard),
     },
     Transform {
         name: "cayley",
         summary: "the same, and a random rotation near the identity: moves weights off a grid that they lie on",
-        rotation: Rotation::cayley,
+        kind: Kind::Rotation(Rotation::cayley),
+    },
+    Transform {
+        name: "smooth",
+        summary: "SmoothQuant: columns that are read large get smaller inputs and larger weights; needs statistics",
+        kind: Kind::Factors(factors::smooth),
+    },
+    Transform {
+        name: "awq",
+        summary: "AWQ: the same with the exponent of least output error for 4 bits in groups of 128; needs statistics",
+        kind: Kind::Factors(factors::awq),
     },
 ];
 
@@ -66,6 +115,25 @@ pub fn transform(name: &str) -> Result<&'static Transform> {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 const LAST_NORM: &str = "model.norm.weight";
+
+/// Why a tensor stops a transform.
+const UNKNOWN: &str = "it isn't known how it meets the residual stream; no transform is known for such models";
+
+fn refuse_codes(info: &TensorInfo) -> Result<()> {
+    match matches!(info.stored, Stored::Quantized(_)) || !info.stored.is_float() {
+        true => Err(tensor_error(&info.name, format!("is {}, wanted floats", info.stored.name()))),
+        false => Ok(()),
+    }
+}
+
+fn find<'s>(source: &'s dyn TensorSource, name: &str) -> Result<&'s TensorInfo> {
+    let found = source.infos().iter().find(|info| info.name == name);
+    found.ok_or_else(|| QuantError::NoTensor { name: name.to_owned(), path: source.path().to_owned() })
+}
+
+fn in_no_piece(source: &dyn TensorSource, name: &str) -> QuantError {
+    damaged(source.path(), format!("`{name}` is made as it is read, and nowhere in one piece"))
+}
 
 /// How a tensor meets the residual stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,9 +186,8 @@ struct Part {
     place: Place,
 }
 
-/// A checkpoint as a transform makes it, in f32.
+/// A checkpoint with its residual stream turned, in f32.
 pub struct Transformed<'a> {
-    name: &'static str,
     source: &'a dyn TensorSource,
     infos: Vec<TensorInfo>,
     parts: HashMap<String, Part>,
@@ -133,16 +200,15 @@ impl<'a> Transformed<'a> {
     ///
     /// # Errors
     /// A tensor whose place isn't known, sizes that contradict each other, codes, or a norm that can't be read.
-    pub fn new(source: &'a dyn TensorSource, transform: &Transform, seed: u64) -> Result<Self> {
+    fn new(source: &'a dyn TensorSource, rotation: fn(usize, u64) -> Rotation, seed: u64) -> Result<Self> {
         let embedding = source.info(EMBEDDING)?;
         let (rows, width) = embedding.rows_cols();
         let mut made = Transformed {
-            name: transform.name,
             source,
             infos: Vec::new(),
             parts: HashMap::new(),
             gains: HashMap::new(),
-            rotation: (transform.rotation)(width, seed),
+            rotation: rotation(width, seed),
         };
         for info in source.infos() {
             made.add(info, &info.name, width)?;
@@ -155,21 +221,12 @@ impl<'a> Transformed<'a> {
         Ok(made)
     }
 
-    /// The transform's name.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
     fn add(&mut self, info: &TensorInfo, name: &str, width: usize) -> Result<()> {
         let refuse = |why: String| Err(tensor_error(&info.name, why));
         let Some(place) = Place::of(name) else {
-            return refuse(
-                "it isn't known how it meets the residual stream; no transform is known for such models".into(),
-            );
+            return refuse(UNKNOWN.into());
         };
-        if matches!(info.stored, Stored::Quantized(_)) || !info.stored.is_float() {
-            return refuse(format!("is {}, wanted floats", info.stored.name()));
-        }
+        refuse_codes(info)?;
         let (rows, cols) = info.rows_cols();
         let (side, which) = match place {
             Place::Embedding | Place::Reads(_) => (cols, "columns"),
@@ -235,12 +292,11 @@ impl TensorSource for Transformed<'_> {
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {
-        let found = self.infos.iter().find(|info| info.name == name);
-        found.ok_or_else(|| QuantError::NoTensor { name: name.to_owned(), path: self.path().to_owned() })
+        find(self, name)
     }
 
     fn bytes(&self, name: &str) -> Result<&[u8]> {
-        Err(damaged(self.path(), format!("`{name}` is made as it is read, and nowhere in one piece")))
+        Err(in_no_piece(self, name))
     }
 
     fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {

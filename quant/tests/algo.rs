@@ -101,7 +101,7 @@ fn searching_is_never_worse_than_plain_rounding() {
                 let zero = weighted_error(&input(&x, k, &spec), &vec![0.0; x.len()]);
                 let f16 = if spec.outliers == OutlierSpec::None { 0.0 } else { 2.0 * zero * 2f64.powi(-22) };
                 let slack = plain * 1e-5 + zero * 1e-13 + f16;
-                for algorithm in ["clip", "search"] {
+                for algorithm in ["clip", "hqq", "search"] {
                     let searched = error(algorithm);
                     assert!(searched <= plain + slack, "{name}, k {k}, {what}: {algorithm} {searched} > rtn {plain}");
                 }

@@ -1,7 +1,7 @@
 //! Laws of what calibration keeps, its files, and the algorithms that use it.
 
 use nibble_quant::algo::{AlgoInput, algorithm, learn_levels, weighted_error};
-use nibble_quant::stats::{Factored, Input, Stats, gram_bytes};
+use nibble_quant::stats::{Factored, Input, Stats, Symmetric, gram_bytes};
 use nibble_quant::{ALGORITHMS, Grid, OutlierSpec, PRESETS, QTensor, QuantSpec, Table};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -297,6 +297,77 @@ fn damaged_files_are_errors_that_name_them() {
     let plain = folder.path().join("model.safetensors");
     std::fs::write(&plain, b"\x02\0\0\0\0\0\0\0{}").unwrap();
     assert!(Stats::read(&plain).unwrap_err().to_string().contains("no `nibble.stats`"));
+}
+
+/// The error that `yaqa` lowers, tr(G D H D^T), damped as it is damped there.
+fn error_on_both_sides(weight: &[f32], tensor: &QTensor, input: &Input) -> f64 {
+    let (h, g) = (input.gram().unwrap(), input.outputs().unwrap());
+    let damped = |m: &Symmetric| {
+        let width = m.width();
+        let mean = (0..width).map(|i| m.get(i, i) as f64).sum::<f64>() / width as f64;
+        let value = |a: usize, b: usize| m.get(a, b) as f64 + if a == b { 0.2 * mean } else { 0.0 };
+        (0..width * width).map(|i| value(i / width, i % width) / mean).collect::<Vec<f64>>()
+    };
+    let (h, g) = (damped(h), damped(g));
+    let back = tensor.dequantize();
+    let d: Vec<f64> = weight.iter().zip(&back).map(|(w, q)| *w as f64 - *q as f64).collect();
+    let n = weight.len() / K;
+    let mut total = 0.0;
+    for i in 0..n {
+        let tied: Vec<f64> = (0..K).map(|j| (0..n).map(|r| g[i * n + r] * d[r * K + j]).sum()).collect();
+        for a in 0..K {
+            total += d[i * K + a] * (0..K).map(|b| h[a * K + b] * tied[b]).sum::<f64>();
+        }
+    }
+    total
+}
+
+/// Inputs, and gradients by outputs that go together in twos.
+fn observed_on_both_sides(rows: usize, outputs: usize) -> Input {
+    let mut rng = StdRng::seed_from_u64(8);
+    let mut g = vec![0.0; rows * outputs];
+    for row in g.chunks_mut(outputs) {
+        for pair in row.chunks_mut(2) {
+            let shared = rng.random::<f32>() - 0.5;
+            pair.iter_mut().for_each(|g| *g = shared + 0.4 * (rng.random::<f32>() - 0.5));
+        }
+    }
+    let mut input = Input::both(K, outputs);
+    input.observe_gradients("w", &activations(rows, 1), &g).unwrap();
+    input
+}
+
+#[test]
+fn gradients_by_outputs_let_rows_make_up_for_each_other() {
+    let (weight, input) = (weights(), observed_on_both_sides(2000, ROWS));
+    for preset in PRESETS {
+        let spec = &preset.scheme.weight;
+        let error = |name: &str| error_on_both_sides(&weight, &run(name, &weight, spec, Some(&input)), &input);
+        let (descent, both) = (error("descent"), error("yaqa"));
+        assert!(both <= descent * 1.05 + 1e-12, "{}: {both} > {descent}", preset.name);
+        if spec.bits() <= 4 && spec.outliers == OutlierSpec::None {
+            assert!(both < 0.9 * descent, "{}: {both} of {descent}", preset.name);
+        }
+    }
+}
+
+#[test]
+fn gradients_survive_a_file_and_wrong_ones_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.stats");
+    let input = Arc::new(observed_on_both_sides(50, ROWS));
+    let written = Stats { inputs: [("w".to_owned(), Arc::clone(&input))].into(), made_from: String::new() };
+    written.write(&path).unwrap();
+    let read = Stats::read(&path).unwrap();
+    assert_eq!((read.inputs["w"].gram(), read.inputs["w"].outputs()), (input.gram(), input.outputs()));
+    let mut input = Input::both(K, ROWS);
+    let (x, g) = (activations(3, 1), vec![1.0; 3 * ROWS]);
+    let nan = vec![f32::NAN; 3 * ROWS];
+    let cases: [(&[f32], &[f32]); 5] = [(&x[1..], &g), (&x, &g[1..]), (&x[..K], &g), (&[], &[]), (&x, &nan)];
+    for (x, g) in cases {
+        assert!(input.observe_gradients("w", x, g).unwrap_err().to_string().contains("`w`"));
+    }
+    assert_eq!(input.rows(), 0);
 }
 
 #[test]

@@ -73,6 +73,18 @@ fn bits_are_allocated_within_their_target_and_the_recipe_serves_again() {
         place.run(&["quantize", "float", "-o", &again, "--recipe", "recipe.toml"]).ok();
         assert!(weights(&out) == weights(&again), "{target}");
     }
+    // The same by bytes, and by what it is predicted to cost: a smaller cost takes more of them.
+    let bytes = |out: &str, flag: &str, value: &str| {
+        let found = place.run(&["quantize", "float", "-o", out, flag, value, "--json"]).json();
+        found["bits_per_linear_weight"].as_f64().unwrap()
+    };
+    let weights_in_linears = 2.0 * (2.0 * 128.0 * 128.0 + 2.0 * 64.0 * 128.0 + 3.0 * 128.0 * 256.0);
+    let megabytes = 4.5 * weights_in_linears / 8e6;
+    let by_size = bytes("by-size", "--target-size", &megabytes.to_string());
+    assert!(by_size <= 4.5 && by_size > 4.3, "{by_size}");
+    let (dear, cheap) = (bytes("dear", "--target-kl", "0.2"), bytes("cheap", "--target-kl", "0.001"));
+    assert!(dear <= cheap, "{dear}, {cheap}");
+    assert!(place.run(&["quantize", "float", "-o", "none", "--target-kl", "0"]).error(2).contains("--target-kl"));
     let refused = place.run(&["quantize", "float", "-o", "none", "--target-bpw", "2.5"]);
     assert!(refused.error(2).contains("the smallest schemes take 3."), "{}", refused.stderr);
 }
@@ -91,6 +103,15 @@ fn a_transformed_model_says_the_same() {
         let config = std::fs::read_to_string(place.path(rotation).join("config.json")).unwrap();
         let config: serde_json::Value = serde_json::from_str(&config).unwrap();
         assert_eq!(config["tie_word_embeddings"], false, "{rotation}");
+    }
+    place.run(&["calibrate", "float", "--calib", "text", "-o", "stats"]).ok();
+    for scaled in ["smooth", "awq"] {
+        place.run(&["transform", "float", "-o", scaled, "--rotate", scaled, "--stats", "stats"]).ok();
+        let eval = ["eval", scaled, "--reference", "float", "--text", "text", "--ctx", "64", "--activations", "f32"];
+        let scored = place.run(&[&eval[..], &["--json"]].concat()).json();
+        assert!(scored["kl"]["mean"].as_f64().unwrap() < 1e-9, "{scaled}: {scored}");
+        let refused = place.run(&["transform", "float", "-o", "none", "--rotate", scaled]);
+        assert!(refused.error(1).contains("needs statistics"), "{}", refused.stderr);
     }
     let again = place.run(&["transform", "float", "-o", "hadamard"]);
     assert!(again.error(1).contains("exists already"), "{}", again.stderr);

@@ -10,7 +10,9 @@ use anyhow::{Context as _, Result, bail};
 use nibble_kernels::ActKind;
 use nibble_models::calibrate::{Calibration, CalibrationPlan, calibrate};
 use nibble_models::eval::beginning;
+use nibble_models::gradient::calibrate_gradients;
 use nibble_models::{Model, ModelOptions};
+use nibble_quant::format;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -47,6 +49,10 @@ pub struct CalibrationWords {
     /// Memory for Gram matrices in MiB; layers beyond it are weighted by second moments alone
     #[arg(long, value_name = "MIB", default_value_t = 4096)]
     pub gram_memory: u64,
+    /// Weigh errors by what they do to the model's predictions: gradients by what layers give, for --effort max; takes
+    /// about four times as long, and all of the model in single precision in memory
+    #[arg(long)]
+    pub gradients: bool,
 }
 
 impl Run for Calibrate {
@@ -76,11 +82,11 @@ impl Run for Calibrate {
 
 impl CalibrationWords {
     /// Runs the model of a folder over a text.
-    pub fn run(&self, session: &Session, model: &Path, text: &Path, threads: Threads) -> Result<Calibration> {
+    pub fn run(&self, session: &Session, path: &Path, text: &Path, threads: Threads) -> Result<Calibration> {
         let bytes = std::fs::read(text).with_context(|| format!("can't read {}", text.display()))?;
         let content = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", text.display()))?;
         let options = ModelOptions { threads: threads.threads.map(Into::into), activations: ActKind::F32 };
-        let model = Model::load(model, &options)?;
+        let model = Model::load(path, &options)?;
         let tokenizer = model.tokenizer()?;
         let tokens = tokenizer.encode(&content, false)?;
         let plan = CalibrationPlan {
@@ -92,14 +98,22 @@ impl CalibrationWords {
         };
         let meter = Meter::new(session, "calibrate", "chunks");
         let mut stopped = false;
-        let calibration = calibrate(model.decoder(), &tokens, &plan, |done, of| {
+        let progress = |done: usize, of: usize| {
             if done == 1 {
                 meter.begin(of as u64, 0);
             }
             meter.add_thing("");
             stopped = session.stopped();
             !stopped
-        });
+        };
+        let calibration = match self.gradients {
+            false => calibrate(model.decoder(), &tokens, &plan, progress),
+            true => {
+                let config = model.decoder().config().clone();
+                drop(model);
+                calibrate_gradients(&*format::open(path)?, &config, &tokens, &plan, progress)
+            }
+        };
         drop(meter);
         if stopped {
             return Err(Stopped.into());

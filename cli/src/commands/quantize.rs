@@ -14,7 +14,7 @@ use crate::session::Session;
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use nibble_models::eval::{EvalPlan, beginning};
-use nibble_models::sensitivity::{AllocationPlan, allocate_bits};
+use nibble_models::sensitivity::{AllocationPlan, Target, allocate_bits};
 use nibble_models::trial::{TEXT, TrialReport};
 use nibble_models::{ModelConfig, ModelError, gguf_sidecars};
 use nibble_quant::convert::{self, Judge, Options, Plan, Report};
@@ -55,6 +55,12 @@ pub struct Quantize {
     /// cost the model
     #[arg(long, value_name = "BITS", conflicts_with = "recipe")]
     target_bpw: Option<f64>,
+    /// The same such that they take this many MB (10^6 bytes) together
+    #[arg(long, value_name = "MB", conflicts_with_all = ["recipe", "target_bpw"])]
+    target_size: Option<f64>,
+    /// The same with as few bytes as are predicted to cost the model at most this many nats of KL divergence
+    #[arg(long, value_name = "NATS", conflicts_with_all = ["recipe", "target_bpw", "target_size"])]
+    target_kl: Option<f64>,
     /// Keep a scheme's own levels; otherwise calibration and --effort balanced or max learn 16 levels for each layer whose
     /// scheme has a table of them
     #[arg(long)]
@@ -101,7 +107,7 @@ impl Effort {
         let algorithm = match self {
             Effort::Fast => "rtn",
             Effort::Balanced if calibrated => "gptq",
-            Effort::Max if calibrated => "descent",
+            Effort::Max if calibrated => "yaqa",
             Effort::Balanced | Effort::Max => return,
         };
         for rule in recipe.rules.iter_mut().filter(|rule| rule.algorithm.is_none()) {
@@ -136,8 +142,8 @@ impl Run for Quantize {
             (None, Some(file)) => Stats::read(file)?,
             (None, None) => Stats::default(),
         };
-        if let Some(bits) = self.target_bpw {
-            recipe = self.allocate(session, &path, &*source, &recipe, &stats, bits)?;
+        if let Some(target) = self.target() {
+            recipe = self.allocate(session, &path, &*source, &recipe, &stats, target)?;
         }
         if calibrated && self.effort != Effort::Fast && !self.fixed_levels && self.wishes.recipe.is_none() {
             recipe = convert::with_learned_levels(&*source, &recipe, &stats, session.stop())?;
@@ -173,6 +179,12 @@ impl Run for Quantize {
 }
 
 impl Quantize {
+    fn target(&self) -> Option<Target> {
+        let bits = self.target_bpw.map(Target::Bits);
+        let bytes = self.target_size.map(|megabytes| Target::Bytes((megabytes * 1e6) as u64));
+        bits.or(bytes).or(self.target_kl.map(Target::Divergence))
+    }
+
     /// The recipe with bits allocated to layers, measured on the text that is built in.
     fn allocate(
         &self,
@@ -181,12 +193,12 @@ impl Quantize {
         source: &dyn TensorSource,
         recipe: &Recipe,
         stats: &Stats,
-        target_bits: f64,
+        target: Target,
     ) -> Result<Recipe> {
         let tokenizer = tokenizer(path)?;
         let tokens = tokenizer.encode(TEXT, false)?;
         let eval = EvalPlan { n_ctx: 256, chunks: Some(4), bos: beginning(&tokenizer)? };
-        let plan = AllocationPlan { target_bits, tokens: &tokens, eval, threads: self.threads.count() };
+        let plan = AllocationPlan { target, tokens: &tokens, eval, threads: self.threads.count() };
         let json = sidecars(path)?.json("config.json")?.context("there is no config.json")?;
         let config = ModelConfig::from_json(&path.join("config.json"), &json)?;
         let meter = Meter::new(session, "measure", "classes of layers");
@@ -208,7 +220,8 @@ impl Quantize {
             for (scheme, members) in group(&allocation.layers, |layer| layer.scheme.as_str()) {
                 counts.push_str(&format!(", {} {scheme}", members.len()));
             }
-            session.remark(format!("{:.3} bits a linear weight{counts}", allocation.bits));
+            let (bits, nats) = (allocation.bits, allocation.predicted);
+            session.remark(format!("{bits:.3} bits a linear weight, predicted to cost {nats:.4} nats{counts}"));
         }
         Ok(allocation.recipe)
     }

@@ -11,17 +11,20 @@ use nibble_models::{ModelConfig, Sidecars, gguf_sidecars};
 use nibble_quant::convert::{self, Options};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, Dtype, OutputOptions, TensorSource};
-use nibble_quant::transform::{TRANSFORMS, Transformed, transform};
+use nibble_quant::stats::Stats;
+use nibble_quant::transform::{Arguments, Kind, TRANSFORMS, transform};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Rewrite a checkpoint without changing what it computes: fold norm gains into linears, rotate the residual stream
+/// Rewrite a checkpoint without changing what it computes: fold norm gains into linears, rotate the residual stream, scale
+/// columns
 #[derive(Debug, clap::Args)]
 #[command(after_help = format!("Example: nibble transform SmolLM2-135M-Instruct -o rotated --rotate hadamard --seed 1
 
 {}
 
-Weights are written in 32-bit floats; the output head gets weights of its own.", rotations()))]
+Weights are written in 32-bit floats; where the stream is turned the output head gets weights of its own. What was observed of a
+model is not of the rewritten one: calibrate that anew.", rotations()))]
 pub struct Transform {
     /// Checkpoint folder or GGUF file, or ORG/NAME on the hub
     #[arg(value_name = "SRC")]
@@ -29,9 +32,12 @@ pub struct Transform {
     /// Folder to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// How the residual stream is turned
+    /// How the residual stream is turned, or columns are scaled
     #[arg(long, value_name = "HOW", default_value = "hadamard", value_parser = PossibleValuesParser::new(TRANSFORMS.iter().map(|t| t.name)))]
     rotate: String,
+    /// Statistics that `nibble calibrate` has written, for `smooth` and `awq`
+    #[arg(long, value_name = "FILE")]
+    stats: Option<PathBuf>,
     /// Where randomness starts
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -64,10 +70,13 @@ impl Run for Transform {
                 (format::open(&path)?, vec![(PathBuf::from("config.json"), config)])
             }
         };
+        let row = transform(&self.rotate)?;
         for (name, bytes) in extra.iter_mut().filter(|(name, _)| name.as_os_str() == "config.json") {
-            *bytes = untied(name, bytes)?;
+            *bytes = in_floats(name, bytes, matches!(row.kind, Kind::Rotation(_)))?;
         }
-        let transformed = Transformed::new(&*source, transform(&self.rotate)?, self.seed)?;
+        let stats = self.stats.as_deref().map(Stats::read).transpose()?;
+        let arguments = Arguments { seed: self.seed, stats: stats.as_ref() };
+        let transformed = row.apply(&*source, &arguments)?;
         let options = Options {
             output: OutputOptions { force: self.force, resume: self.resume },
             stop: Some(session.stop()),
@@ -76,7 +85,7 @@ impl Run for Transform {
             ..Options::default()
         };
         let meter = Meter::new(session, "transform", "tensors");
-        let report = convert::transform(&transformed, Dtype::F32, &self.output, &options, &meter)?;
+        let report = convert::transform(&*transformed, &self.rotate, Dtype::F32, &self.output, &options, &meter)?;
         drop(meter);
         if session.json {
             return output::json(&json!({
@@ -95,13 +104,15 @@ impl Run for Transform {
     }
 }
 
-/// config.json of the same model with an output head of its own and weights in f32.
-fn untied(file: &std::path::Path, bytes: &[u8]) -> Result<Vec<u8>> {
+/// config.json of the same model with weights in f32, and with an output head of its own if it gets one.
+fn in_floats(file: &std::path::Path, bytes: &[u8], own_head: bool) -> Result<Vec<u8>> {
     let mut json: serde_json::Value = serde_json::from_slice(bytes)?;
     if ModelConfig::from_json(file, &json)?.norm_add_one {
-        bail!("its norms multiply by 1 + gain; folding such gains isn't known here");
+        bail!("its norms multiply by 1 + gain; what becomes of such gains isn't known here");
     }
-    json["tie_word_embeddings"] = json!(false);
+    if own_head {
+        json["tie_word_embeddings"] = json!(false);
+    }
     for name in ["torch_dtype", "dtype"] {
         if json.get(name).is_some() {
             json[name] = json!("float32");

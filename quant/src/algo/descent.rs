@@ -38,15 +38,114 @@ pub(super) fn refine(input: &AlgoInput, mut tensor: QTensor, h: &Dense) -> QTens
         })
         .collect();
     tensor.codes = codes;
+    store(&mut tensor, scales.into_iter().flatten());
+    tensor
+}
+
+/// Sweeps over all rows where rows make up for each other too.
+const ROUNDS: usize = 3;
+
+/// The same for tr(G D H D^T): with the errors of the other rows as they are, a row is moved by what it has to make up for
+/// them, `sum over r of G[i][r] / G[i][i] d[r]`.
+pub(super) fn refine_both(input: &AlgoInput, mut tensor: QTensor, h: &Dense, g: &Dense) -> QTensor {
+    let k = input.shape[1];
+    if k == 0 {
+        return tensor;
+    }
+    let rule = Rule::new(input.spec);
+    let mut codes = std::mem::take(&mut tensor.codes);
+    let isa = Isa::best();
+    let parts = codes.chunks_mut(k).zip(input.weight.chunks(k)).enumerate();
+    let mut rows: Vec<Row> = parts.map(|(r, (codes, w))| Row::new(&tensor, &rule, h, r, codes, w)).collect();
+    for _ in 0..ROUNDS {
+        let mut changed = false;
+        for r in 0..rows.len() {
+            let ties = g.row(r);
+            let mut shift = vec![0f32; k];
+            simd::dispatch(isa, Shift { shift: &mut shift, rows: &rows, ties, r });
+            let row = &mut rows[r];
+            row.d.iter_mut().zip(&shift).for_each(|(d, s)| *d += s);
+            row.g.fill(0.0);
+            changed |= simd::dispatch(isa, Sweeps { row });
+            row.d.iter_mut().zip(&shift).for_each(|(d, s)| *d -= s);
+        }
+        if !changed {
+            break;
+        }
+    }
+    let scales: Vec<Scale> = rows.into_iter().flat_map(|row| row.scales).collect();
+    tensor.codes = codes;
+    store(&mut tensor, scales.into_iter());
+    tensor
+}
+
+/// tr(G D H D^T), the sum over rows of `(sum over r of G[i][r] d[r]) H d[i]`.
+pub(super) fn error_on_both_sides(input: &AlgoInput, tensor: &QTensor, h: &Dense, g: &Dense) -> f64 {
+    let k = input.shape[1].max(1);
+    let back = tensor.dequantize();
+    let d: Vec<f32> = input.weight.iter().zip(&back).map(|(w, q)| w - q).collect();
+    let isa = Isa::best();
+    let rows: Vec<f64> = d
+        .par_chunks(k)
+        .enumerate()
+        .map(|(r, own)| simd::dispatch(isa, RowError { own, d: &d, ties: g.row(r), h }))
+        .collect();
+    rows.iter().sum()
+}
+
+struct RowError<'a> {
+    own: &'a [f32],
+    /// All rows.
+    d: &'a [f32],
+    ties: &'a [f32],
+    h: &'a Dense,
+}
+
+impl SimdOp for RowError<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> f64 {
+        let k = self.own.len();
+        let mut tied = vec![0f32; k];
+        for (row, tie) in self.d.chunks(k).zip(self.ties) {
+            add(s, &mut tied, row, *tie);
+        }
+        let moved = tied.iter().enumerate().map(|(j, t)| *t as f64 * dot(s, self.h.row(j), self.own) as f64);
+        moved.sum()
+    }
+}
+
+/// What the errors of other rows ask of row `r`.
+struct Shift<'a, 'b> {
+    shift: &'a mut [f32],
+    rows: &'a [Row<'b>],
+    ties: &'a [f32],
+    r: usize,
+}
+
+impl SimdOp for Shift<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let by = inverse(self.ties[self.r]);
+        for (at, (row, tie)) in self.rows.iter().zip(self.ties).enumerate() {
+            if at != self.r {
+                add(s, self.shift, &row.d, tie * by);
+            }
+        }
+    }
+}
+
+fn store(tensor: &mut QTensor, stored: impl Iterator<Item = Scale>) {
     if tensor.spec.granularity != Granularity::Tensor {
-        let stored = scales.into_iter().flatten();
         match &mut tensor.scales {
             ScaleData::Float(values) => values.iter_mut().zip(stored).for_each(|(to, s)| *to = s.value),
             ScaleData::Coded { codes, .. } => codes.iter_mut().zip(stored).for_each(|(to, s)| *to = s.code),
             ScaleData::Dynamic { .. } => {}
         }
     }
-    tensor
 }
 
 /// A group's scale, and how it is stored.
@@ -231,11 +330,12 @@ struct Sweeps<'a, 'b> {
 }
 
 impl SimdOp for Sweeps<'_, '_> {
-    type Output = ();
+    type Output = bool;
 
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
+    fn eval<S: Simd>(self, s: S) -> bool {
         let row = self.row;
+        let mut changed = false;
         for j in 0..row.d.len() {
             let by = row.d[j];
             if by != 0.0 {
@@ -247,7 +347,9 @@ impl SimdOp for Sweeps<'_, '_> {
             if !row.sweep_scales(s) && !codes {
                 break;
             }
+            changed = true;
         }
+        changed
     }
 }
 

@@ -1,6 +1,7 @@
 //! Full-precision numbers for one group: its scale and zero point or minimum.
 
 mod affine;
+mod half_quadratic;
 mod scaled;
 
 pub(super) use affine::refit_min;
@@ -16,6 +17,8 @@ pub(super) enum Method {
     Plain,
     /// The best of smaller ranges.
     Clip,
+    /// The range, with the minimum or zero point that HQQ finds; grids without one are clipped.
+    HalfQuadratic,
     /// The least weighted error.
     Search,
 }
@@ -91,6 +94,8 @@ impl Rule {
             return Fit::default();
         }
         match (self.zero, self.table) {
+            (Zero::Min, _) if method == Method::HalfQuadratic => half_quadratic::fit(self, group, range),
+            (Zero::Int, _) if method == Method::HalfQuadratic => half_quadratic::fit_zero(self, group, range),
             (Zero::Min, _) => affine::fit(s, self, group, method, range),
             (Zero::Int, _) => scaled::fit_zero(s, self, group, method, range, levels),
             (_, Some(table)) => scaled::fit(s, self, Uneven::new(s, &table), group, method, range, levels),

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 /// What is added to the diagonal of H, as a share of its mean: the texts that a model meets differ from the one that it
 /// was calibrated on, and more damping trusts that one less. See benches/QUALITY.md.
-const DAMPING: f32 = 0.2;
+pub(super) const DAMPING: f32 = 0.2;
 
 /// Quantizes by search, then chooses codes again; without a Gram matrix, and where it has no factor, the search stands.
 pub(super) fn quantize(input: &AlgoInput) -> Result<QTensor> {
@@ -137,27 +137,31 @@ impl Batch<'_> {
         let g = col / self.tensor.spec.group_size(self.k);
         let r = self.first + row;
         let (scale, min) = (self.tensor.scale(r, g), self.tensor.min(r, g));
+        let zero = self.tensor.zero(r, g);
         let code = &mut self.codes[row * self.k + col];
+        if self.free {
+            *code = nearest(self.rule, best, scale, min, zero).0;
+        }
         match &self.rule.table {
-            Some(levels) => {
-                if self.free {
-                    let y = best * inverse(scale);
-                    *code = levels.windows(2).filter(|w| (w[0] + w[1]) / 2.0 < y).count() as u8;
-                }
-                scale * levels[*code as usize & 15]
-            }
-            None => {
-                let zero = self.tensor.zero(r, g);
-                let (low, high) = (
-                    self.rule.low + (self.rule.middle - zero) as f32,
-                    self.rule.high + (self.rule.middle - zero) as f32,
-                );
-                if self.free {
-                    let y = ((best - min) * inverse(scale)).round_ties_even().clamp(low, high);
-                    *code = (y as i32 + zero) as u8;
-                }
-                scale * (*code as i32 - zero) as f32 + min
-            }
+            Some(levels) => scale * levels[*code as usize & 15],
+            None => scale * (*code as i32 - zero) as f32 + min,
+        }
+    }
+}
+
+/// The code whose value is nearest to `best`, and that value.
+#[inline(always)]
+pub(super) fn nearest(rule: &Rule, best: f32, scale: f32, min: f32, zero: i32) -> (u8, f32) {
+    match &rule.table {
+        Some(levels) => {
+            let y = best * inverse(scale);
+            let code = levels.windows(2).filter(|w| (w[0] + w[1]) / 2.0 < y).count();
+            (code as u8, scale * levels[code & 15])
+        }
+        None => {
+            let shift = (rule.middle - zero) as f32;
+            let y = ((best - min) * inverse(scale)).round_ties_even().clamp(rule.low + shift, rule.high + shift);
+            ((y as i32 + zero) as u8, scale * y + min)
         }
     }
 }

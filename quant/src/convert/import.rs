@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::format::gguf::GgufCheckpoint;
 use crate::format::shards::{Bundle, Slot};
 use crate::format::{Dtype, TensorInfo, TensorSource, damaged};
-use crate::transform::Transformed;
 use std::path::Path;
 
 /// Writes a folder with `model.safetensors` (or shards and an index) in floats of one type (F32 holds every block type's
@@ -25,18 +24,19 @@ pub fn import_gguf(
 }
 
 /// Writes a folder with the tensors of a rewritten model in floats of one type, the source's other files and those of the
-/// options, which replace the source's of the same name.
+/// options, which replace the source's of the same name; `how` is the transform's name, for the manifest.
 ///
 /// # Errors
 /// As [`import_gguf`], or the source can't be read.
 pub fn transform(
-    source: &Transformed,
+    source: &dyn TensorSource,
+    how: &str,
     dtype: Dtype,
     out: &Path,
     options: &Options,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let recipe = format!("rotate = \"{}\"\n", source.name());
+    let recipe = format!("rotate = \"{how}\"\n");
     floats(source, "transform", recipe, dtype, out, options, progress)
 }
 

@@ -54,6 +54,7 @@ fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<I
         true => (algo::algorithm("search")?, "; no Gram matrix for GPTQ: searched"),
         false => (wanted, ""),
     };
+    let rows_tied = algorithm.gram && calibrated.is_some_and(|input| input.outputs().is_some());
     let importance = calibrated.map(|input| input.mean_squares());
     let (input, with) = (calibrated.cloned(), spec.clone());
     let quantizer = move |name: &str, shape: [usize; 2], values: &[f32]| {
@@ -66,7 +67,7 @@ fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<I
         label: algorithm.name.to_owned(),
         wanted: Some(wanted),
         why: why.to_owned(),
-        rows_stand_alone: spec.rows_stand_alone(),
+        rows_stand_alone: spec.rows_stand_alone() && !rows_tied,
     })
 }
 

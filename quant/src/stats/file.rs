@@ -31,6 +31,9 @@ struct Site {
     tensors: Vec<String>,
     rows: u64,
     width: usize,
+    /// Outputs of the layer, where gradients by them were observed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    outputs: Option<usize>,
 }
 
 impl Stats {
@@ -87,8 +90,12 @@ impl Stats {
             if let Some(gram) = &input.gram {
                 parts.push((format!("{first}.gram"), Dtype::F32, le_bytes(gram.values())));
             }
+            if let Some(outputs) = &input.outputs {
+                parts.push((format!("{first}.outgram"), Dtype::F32, le_bytes(outputs.values())));
+            }
             let tensors = names.iter().map(|n| n.to_string()).collect();
-            sites.push(Site { tensors, rows: input.rows, width: input.width() });
+            let outputs = input.outputs.as_ref().map(Symmetric::width);
+            sites.push(Site { tensors, rows: input.rows, width: input.width(), outputs });
         }
         let header = Header { version: VERSION, made_from: self.made_from.clone(), sites };
         let header = serde_json::to_string(&header).map_err(|e| e.to_string())?;
@@ -111,19 +118,25 @@ impl Site {
         {
             return Err(format!("statistics of `{first}` over {} rows hold impossible numbers", self.rows));
         }
-        let name = format!("{first}.gram");
-        let gram = match file.tensor(&name) {
-            Err(_) => None,
-            Ok(_) => {
-                let count = usize::try_from(Symmetric::bytes(self.width) / 4).map_err(|e| e.to_string())?;
-                let values = floats(self.numbers(file, &name, Dtype::F32, count)?);
-                if !values.iter().all(|v| v.is_finite()) {
-                    return Err(format!("`{name}` holds numbers that aren't finite"));
-                }
-                Symmetric::from_values(self.width, &values)
-            }
+        let gram = self.matrix(file, &format!("{first}.gram"), self.width)?;
+        let outputs = match self.outputs {
+            Some(count) => self.matrix(file, &format!("{first}.outgram"), count)?,
+            None => None,
         };
-        Ok(Input { rows: self.rows, squares, absmax, gram, ..Input::new(0, false) })
+        Ok(Input { rows: self.rows, squares, absmax, gram, outputs, ..Input::new(0, false) })
+    }
+
+    /// A symmetric matrix, if the file has it.
+    fn matrix(&self, file: &SafeTensors, name: &str, width: usize) -> std::result::Result<Option<Symmetric>, String> {
+        if file.tensor(name).is_err() {
+            return Ok(None);
+        }
+        let count = usize::try_from(Symmetric::bytes(width) / 4).map_err(|e| e.to_string())?;
+        let values = floats(self.numbers(file, name, Dtype::F32, count)?);
+        if !values.iter().all(|v| v.is_finite()) {
+            return Err(format!("`{name}` holds numbers that aren't finite"));
+        }
+        Ok(Symmetric::from_values(width, &values))
     }
 
     fn numbers<'a>(

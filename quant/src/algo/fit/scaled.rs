@@ -123,7 +123,7 @@ impl Candidate {
         let left = match method {
             Method::Search if sums.scale() * inverse >= 0.0 => -sums.explained(),
             Method::Search => return false,
-            Method::Plain | Method::Clip => Candidate::plain(sums, inverse, scale).left,
+            Method::Plain | Method::Clip | Method::HalfQuadratic => Candidate::plain(sums, inverse, scale).left,
         };
         let better = left < self.left;
         if better {
