@@ -36,7 +36,7 @@ fn a_model_is_diagnosed() {
     let told = place.run(&[&DIAGNOSE[..], &["--labels", "labels.txt"]].concat());
     assert!(told.ok().contains("accuracy"), "{}", told.stdout);
     let text = place.run(&[&DIAGNOSE[..], &["--state", "state", "--top", "2"]].concat());
-    assert!(text.ok().contains("activations") && text.ok().contains("Conv.c1"), "{}", text.stdout);
+    assert!(text.ok().contains("activations") && text.ok().contains("Conv.c2"), "{}", text.stdout);
     let other = place.run(&[&DIAGNOSE[..], &["--state", "state", "--per-tensor"]].concat());
     assert!(other.error(1).contains("of other settings"), "{}", other.stderr);
     let again = place.run(&[&DIAGNOSE[..], &["-o", "diagnosis.json"]].concat());
