@@ -161,7 +161,7 @@ fn without_a_gram_matrix_algorithms_that_need_one_are_the_search() {
     let mut silent = Input::new(K, true);
     silent.observe("x", &vec![0.0; 10 * K]).unwrap();
     let needing: Vec<&str> = ALGORITHMS.iter().filter(|a| a.gram).map(|a| a.name).collect();
-    assert_eq!(needing, ["gptq", "descent"]);
+    assert_eq!(needing, ["gptq", "descent", "yaqa"]);
     for name in needing {
         for input in [None, Some(&moments), Some(&silent)] {
             assert!(run(name, &weight, spec, input) == run("search", &weight, spec, input), "{name}");
@@ -177,7 +177,7 @@ fn any_number_of_threads_gives_the_same_bytes() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let input = observed(700);
-            let made = ["gptq", "descent"].map(|name| run(name, &weight, spec, Some(&input)));
+            let made = ["gptq", "descent", "yaqa"].map(|name| run(name, &weight, spec, Some(&input)));
             (made, input.gram().unwrap().values().collect::<Vec<f32>>())
         })
     };

@@ -111,7 +111,7 @@ fn a_transformed_model_says_the_same() {
         let scored = place.run(&[&eval[..], &["--json"]].concat()).json();
         assert!(scored["kl"]["mean"].as_f64().unwrap() < 1e-9, "{scaled}: {scored}");
         let refused = place.run(&["transform", "float", "-o", "none", "--rotate", scaled]);
-        assert!(refused.error(1).contains("needs statistics"), "{}", refused.stderr);
+        assert!(refused.error(2).contains("needs statistics"), "{}", refused.stderr);
     }
     let again = place.run(&["transform", "float", "-o", "hadamard"]);
     assert!(again.error(1).contains("exists already"), "{}", again.stderr);

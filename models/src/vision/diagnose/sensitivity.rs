@@ -49,7 +49,7 @@ struct Ran {
     /// One a probe.
     tallies: Vec<Tally>,
     /// Of what probes replace.
-    shapes: BTreeMap<String, Vec<usize>>,
+    shapes: Shapes,
 }
 
 /// A model with a branch a layer, loaded.
@@ -223,6 +223,9 @@ fn in_batches<T>(
     Ok(count)
 }
 
+/// Dimensions by tensor.
+pub type Shapes = BTreeMap<String, Vec<usize>>;
+
 /// What nodes cost alone in integers, each with settings of its own, and the shapes of what they make. `progress` is called
 /// once a sample and node.
 ///
@@ -235,7 +238,7 @@ pub fn effects(
     threads: usize,
     stop: &AtomicBool,
     progress: &(dyn Fn() + Sync),
-) -> Result<(Vec<Tally>, BTreeMap<String, Vec<usize>>)> {
+) -> Result<(Vec<Tally>, Shapes)> {
     let Prepared { model, folded, plan, calibration } = prepared;
     let graph = Graph::new(model.graph())?;
     let outputs: Vec<String> = model.graph().output.iter().map(|o| o.name().to_owned()).collect();
