@@ -293,6 +293,23 @@ fn damaged_files_are_errors_that_name_them() {
             let _ = read(&flipped);
         }
     }
+    // Widths that the file's bytes can't hold.
+    let path = folder.path().join("both.stats");
+    let mut both = Stats::default();
+    both.inputs.insert("w".into(), Arc::new(observed_on_both_sides(20, ROWS)));
+    both.write(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&bytes[8..8 + length]).unwrap().trim_end();
+    let from = format!("outputs\\\":{ROWS}");
+    assert!(header.contains(&from), "{header}");
+    for outputs in ["18446744073709551615", "4294967296", "99999"] {
+        let header = header.replace(&from, &format!("outputs\\\":{outputs}"));
+        let damaged = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &bytes[8 + length..]].concat();
+        std::fs::write(&path, damaged).unwrap();
+        let error = Stats::read(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("a width of {outputs} takes more")), "{error}");
+    }
     assert!(Stats::read(Path::new("/nowhere/at.all")).unwrap_err().to_string().contains("/nowhere/at.all"));
     let plain = folder.path().join("model.safetensors");
     std::fs::write(&plain, b"\x02\0\0\0\0\0\0\0{}").unwrap();

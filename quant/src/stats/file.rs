@@ -128,8 +128,10 @@ impl Site {
 
     /// A symmetric matrix, if the file has it.
     fn matrix(&self, file: &SafeTensors, name: &str, width: usize) -> std::result::Result<Option<Symmetric>, String> {
-        if file.tensor(name).is_err() {
-            return Ok(None);
+        let Ok(view) = file.tensor(name) else { return Ok(None) };
+        // A width that no file can hold would overflow what follows.
+        if (width as u64).checked_mul(width as u64).is_none_or(|squared| squared / 2 > view.data().len() as u64) {
+            return Err(format!("`{name}` has {} bytes; a width of {width} takes more", view.data().len()));
         }
         let count = usize::try_from(Symmetric::bytes(width) / 4).map_err(|e| e.to_string())?;
         let values = floats(self.numbers(file, name, Dtype::F32, count)?);
