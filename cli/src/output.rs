@@ -13,6 +13,20 @@ pub fn may_write(path: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
+/// Writes a file whole or not at all.
+///
+/// # Errors
+/// A file that can't be written; what was there stays.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut temp = path.as_os_str().to_owned();
+    temp.push(".part");
+    let attempt = std::fs::write(&temp, bytes).and_then(|()| std::fs::rename(&temp, path));
+    if attempt.is_err() {
+        let _ = std::fs::remove_file(&temp);
+    }
+    attempt.with_context(|| format!("can't write {}", path.display()))
+}
+
 /// Columns of text, aligned as a Markdown table; columns whose cells all look like numbers go to the right.
 pub struct Table {
     head: Vec<String>,

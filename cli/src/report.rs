@@ -6,7 +6,7 @@
 mod plot;
 
 use crate::output;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -120,10 +120,7 @@ impl Page {
     /// # Errors
     /// A file that can't be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let mut temp = path.as_os_str().to_owned();
-        temp.push(".part");
-        let attempt = || std::fs::write(&temp, self.html()).and_then(|()| std::fs::rename(&temp, path));
-        attempt().with_context(|| format!("can't write {}", path.display()))?;
+        output::write_whole(path, self.html().as_bytes())?;
         output::remark(&format!("report: {}", path.display()));
         Ok(())
     }

@@ -20,7 +20,7 @@ use candle_core::{D, Device, Tensor, Var};
 use nibble_quant::onnx::Graph;
 use nibble_quant::onnx::proto::NodeProto;
 use nibble_quant::onnx::tensor::elements;
-use nibble_quant::onnx::weights::{Layout, Rounding, Seen, Weight, quantize, rows};
+use nibble_quant::onnx::weights::{Layout, Rounding, Seen, Weight, quantize, rows, transpose};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
@@ -260,25 +260,20 @@ pub fn learn(
         let start = quantize(tensor, layout, rounding, seen, &[])?;
         let mut codes = match layout {
             Layout::Rows => start.codes.clone(),
-            Layout::Columns => turn(&start.codes, [shape[1], shape[0]]),
+            Layout::Columns => transpose(&start.codes, shape[1], shape[0]),
         };
         let scales: Vec<f32> = (0..shape[0]).map(|row| start.scale(row)).collect();
         let most = ((1i32 << (rounding.bits - 1)) - 1) as f32;
         let problem = Problem { exact: &exact, scales: &scales, most, shape, groups: window.groups, moments };
         let learned = problem.solve(&mut codes, learning)?;
         found.push(Learned { node: layer.node.clone(), ..learned });
-        let codes = if layout == Layout::Columns { turn(&codes, shape) } else { codes };
+        let codes = if layout == Layout::Columns { transpose(&codes, shape[0], shape[1]) } else { codes };
         if let Some(name) = &layer.weight {
             calibration.weights.insert(name.clone(), Weight { codes, ..start });
         }
         progress();
     }
     Ok(found)
-}
-
-/// The transpose of a (rows, columns) matrix.
-fn turn(values: &[i8], [rows, columns]: [usize; 2]) -> Vec<i8> {
-    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
 }
 
 fn diagonal(moments: &Tensor) -> Result<Vec<f32>> {

@@ -1,9 +1,9 @@
 //! Running a float model over samples and keeping what its activations ask for.
 //!
 //! Every tensor has statistics of its own, and samples are taken in order, so that the figures don't depend on the number
-//! of threads. Memory holds one sample's tensors at a time.
+//! of threads. Memory holds the tensors of as many samples at a time as there are threads, four at most.
 
-use super::data::Data;
+use super::data::{Data, Sample};
 use crate::graph::{GraphRunner, Rten, Tensor};
 use crate::{ModelError, Result};
 use nibble_quant::Range;
@@ -16,6 +16,7 @@ use nibble_quant::onnx::{Calibration, Graph, Model, Plan};
 use nibble_quant::stats::Input;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -141,6 +142,9 @@ impl Channels {
     }
 }
 
+/// Samples that run at a time, at most: each has its tensors in memory.
+const TOGETHER: usize = 4;
+
 /// Runs `model` over all samples and observes tensors. `progress` is called after each sample.
 ///
 /// # Errors
@@ -162,44 +166,59 @@ pub fn observe(
     let made: Vec<String> =
         wanted.iter().filter(|name| !model.graph().input.iter().any(|i| i.name() == *name)).cloned().collect();
     let runner = Rten::new(model, &made, options.threads)?;
+    let many = options.threads.clamp(1, TOGETHER);
     let mut seen = Seen {
         tensors: tensors.iter().map(|name| (name.clone(), Statistics::new(histogram))).collect(),
         channels,
         ranks: BTreeMap::new(),
         samples: 0,
     };
+    let mut take = |batch: Vec<(Sample, PathBuf)>| -> Result<()> {
+        let results = batch.par_iter().map(|(sample, file)| {
+            runner.run(sample, &made).map_err(|e| match e {
+                ModelError::Graph { what, why } => {
+                    ModelError::Damaged { path: file.clone(), why: format!("{what}: {why}") }
+                }
+                other => other,
+            })
+        });
+        // In the samples' order, whatever the number of threads.
+        for ((sample, _), results) in batch.iter().zip(results.collect::<Result<Vec<_>>>()?) {
+            let values: BTreeMap<&str, &Tensor> = made
+                .iter()
+                .map(String::as_str)
+                .zip(&results)
+                .chain(sample.iter().map(|(name, tensor)| (name.as_str(), tensor)))
+                .collect();
+            let of = |name: &str| {
+                let missing = || ModelError::Graph { what: name.to_owned(), why: "isn't made by the graph".into() };
+                values.get(name).copied().ok_or_else(missing)
+            };
+            for name in &wanted {
+                seen.ranks.insert(name.clone(), of(name)?.dims.len());
+            }
+            seen.tensors.par_iter_mut().try_for_each(|(name, statistics)| -> Result<()> {
+                statistics.observe(of(name)?.as_floats(name)?);
+                Ok(())
+            })?;
+            seen.channels.par_iter_mut().try_for_each(|(name, channels)| channels.observe(name, of(name)?))?;
+            seen.samples += 1;
+            progress();
+        }
+        Ok(())
+    };
+    let mut batch = Vec::new();
     data.each(&mut |sample, file| {
         if options.stop.load(Ordering::Relaxed) {
             return Err(nibble_quant::QuantError::Stopped.into());
         }
-        let results = runner.run(&sample, &made).map_err(|e| match e {
-            ModelError::Graph { what, why } => {
-                ModelError::Damaged { path: file.to_owned(), why: format!("{what}: {why}") }
-            }
-            other => other,
-        })?;
-        let values: BTreeMap<&str, &Tensor> = made
-            .iter()
-            .map(String::as_str)
-            .zip(&results)
-            .chain(sample.iter().map(|(name, tensor)| (name.as_str(), tensor)))
-            .collect();
-        let of = |name: &str| {
-            let missing = || ModelError::Graph { what: name.to_owned(), why: "isn't made by the graph".into() };
-            values.get(name).copied().ok_or_else(missing)
-        };
-        for name in &wanted {
-            seen.ranks.insert(name.clone(), of(name)?.dims.len());
+        batch.push((sample, file.to_owned()));
+        if batch.len() == many {
+            take(std::mem::take(&mut batch))?;
         }
-        seen.tensors.par_iter_mut().try_for_each(|(name, statistics)| -> Result<()> {
-            statistics.observe(of(name)?.as_floats(name)?);
-            Ok(())
-        })?;
-        seen.channels.par_iter_mut().try_for_each(|(name, channels)| channels.observe(name, of(name)?))?;
-        seen.samples += 1;
-        progress();
         Ok(true)
     })?;
+    take(batch)?;
     Ok(seen)
 }
 
@@ -227,6 +246,11 @@ pub fn calibrate(
 /// the range much.
 const FINE_HEADROOM: f32 = 2.0;
 
+/// What the range of a tensor that has got `headroom` is multiplied by if it gets a second term after all.
+pub(super) fn room_of_second_terms(headroom: f32) -> f32 {
+    headroom.max(FINE_HEADROOM) / headroom
+}
+
 /// Tensors in two terms. Matrices never are: there a layer is one Gemm.
 fn fine_tensors(model: &Model, plan: &Plan, ranks: &BTreeMap<String, usize>) -> Result<BTreeSet<String>> {
     let mut fine = plan.fine_tensors(&Graph::new(model.graph())?);
@@ -238,7 +262,7 @@ fn fine_tensors(model: &Model, plan: &Plan, ranks: &BTreeMap<String, usize>) -> 
 fn make_room(model: &Model, plan: &Plan, calibration: &mut Calibration, headroom: f32) -> Result<()> {
     let fine = fine_tensors(model, plan, &calibration.ranks)?;
     for (name, range) in &mut calibration.ranges {
-        let by = if fine.contains(name) { headroom.max(FINE_HEADROOM) } else { headroom };
+        let by = if fine.contains(name) { headroom * room_of_second_terms(headroom) } else { headroom };
         *range = Range { lo: range.lo * by, hi: range.hi * by };
     }
     Ok(())

@@ -50,8 +50,6 @@ pub enum Goal {
 
 /// Time of a layer's product in integers, of one in floats. Read off ONNX Runtime's times of a ViT-S/14 (benches/VISION.md).
 const INTEGER_TIME: f64 = 0.2;
-/// What ranges of activations get when a second term makes room cheap; as in calibration.
-const ROOM: f32 = 1.8;
 /// Upgrades that are tried without, at the end.
 const TRIMS: usize = 6;
 
@@ -309,7 +307,7 @@ impl Search<'_> {
         let after: BTreeSet<String> = roomy.plan.fine_tensors(&graph);
         for name in after.difference(&before) {
             if let Some(range) = roomy.calibration.ranges.get_mut(name) {
-                *range = Range { lo: ROOM * range.lo, hi: ROOM * range.hi };
+                *range = Range { lo: roomy.room * range.lo, hi: roomy.room * range.hi };
             }
         }
         let model = roomy.quantize()?;

@@ -2,6 +2,7 @@
 
 use super::calibrate::{
     CalibrateOptions, calibrate, equalize_and_calibrate, equalize_channels, equalize_weights, one_run_is_enough,
+    room_of_second_terms,
 };
 use super::data::Data;
 use crate::Result;
@@ -18,6 +19,8 @@ pub struct Prepared {
     pub plan: Plan,
     /// What samples showed.
     pub calibration: Calibration,
+    /// What ranges of activations are multiplied by that get a second term later.
+    pub room: f32,
 }
 
 /// What is brought to like ranges before rounding.
@@ -69,12 +72,18 @@ pub fn prepare(
             (plan, calibration)
         }
     };
-    let mut prepared = Prepared { model, folded, plan, calibration };
+    let room = room_of_second_terms(options.headroom);
+    let mut prepared = Prepared { model, folded, plan, calibration, room };
     prepared.spread();
     Ok(prepared)
 }
 
 impl Prepared {
+    /// Of a plan that needs nothing of samples.
+    pub fn uncalibrated(model: Model, folded: Folded, plan: Plan) -> Prepared {
+        Prepared { model, folded, plan, calibration: Calibration::default(), room: 1.0 }
+    }
+
     /// Tensors that share another one's scale get its range: with other settings they may have to have their own.
     fn spread(&mut self) {
         let Prepared { plan, calibration, .. } = self;

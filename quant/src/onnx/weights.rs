@@ -54,7 +54,7 @@ fn shape(tensor: &TensorProto, layout: Layout) -> [usize; 2] {
 }
 
 /// Swaps the sides of a (rows, columns) matrix.
-pub(super) fn transpose<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
+pub fn transpose<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
 }
 

@@ -10,18 +10,18 @@ use crate::failure::Usage;
 use crate::output::{self, Table};
 use crate::progress::Meter;
 use crate::session::Session;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nibble_models::graph::inputs;
-use nibble_models::vision::diagnose::{Diagnosis, Score, State, layers, numbers, sensitivity, steps};
+use nibble_models::vision::diagnose::{Diagnosis, Outlier, Score, State, layers, numbers, sensitivity, steps};
 use nibble_quant::onnx::{Graph, Mode};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Find out where the error of a model in integers comes from: weights or activations, which layers, which tensors
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example: nibble vision diagnose model.onnx --calib photos --data others --crops 8 -o diagnosis.json
 
-The model is quantized as `nibble vision quantize` would with the same flags; nothing is written but what -o names.
+The model is quantized as `nibble vision quantize` would with the same flags; nothing is written but what -o, --report and --state name.
 `only` is the error with one layer in integers and the rest in float, `without` that with one layer in float and the rest
 in integers. Each is found by running again what comes after the layer.
 --state FILE keeps what is done after every few samples; the same command goes on from there."
@@ -93,7 +93,7 @@ impl Run for Diagnose {
         let diagnosis =
             Diagnosis { samples: found.samples, sources: found.sources, layers: found.layers, activations, weights };
         if let Some(path) = &self.output {
-            write(path, &diagnosis)?;
+            output::write_whole(path, &serde_json::to_vec_pretty(&diagnosis)?)?;
         }
         if let Some(path) = &self.report {
             page(&self.model, &diagnosis).save(path)?;
@@ -105,16 +105,14 @@ impl Run for Diagnose {
     }
 }
 
-/// Writes a diagnosis, whole or not at all.
-fn write(path: &Path, diagnosis: &Diagnosis) -> Result<()> {
-    let temp = path.with_extension("json.part");
-    let text = serde_json::to_string_pretty(diagnosis)?;
-    let attempt = || std::fs::write(&temp, text).and_then(|()| std::fs::rename(&temp, path));
-    attempt().with_context(|| format!("can't write {}", path.display()))
-}
-
 fn decibels(value: Option<f64>) -> String {
     value.map_or("-".into(), |db| format!("{db:.2}"))
+}
+
+/// The first few.
+fn outliers(all: &[Outlier]) -> String {
+    let named = all.iter().take(3).map(|o| format!("{} ({:.0}x)", o.channel, o.times));
+    named.collect::<Vec<_>>().join(" ")
 }
 
 /// SQNR, and what there is of divergence, agreement and accuracy.
@@ -171,15 +169,13 @@ fn print(diagnosis: &Diagnosis, top: usize) -> Result<()> {
     for row in tensors.iter().take(top) {
         let ends = |[lo, hi]: [f32; 2]| format!("{lo:.3}..{hi:.3}");
         let best = row.observers.iter().max_by(|a, b| key(a.sqnr_db).total_cmp(&key(b.sqnr_db)));
-        let outliers: Vec<String> =
-            row.outliers.iter().take(3).map(|o| format!("{} ({:.0}x)", o.channel, o.times)).collect();
         table.row(vec![
             row.tensor.clone(),
             decibels(row.figures.sqnr_db),
             ends(row.figures.range),
             ends(row.figures.reach),
             format!("{:.4}", 100.0 * row.figures.saturated),
-            outliers.join(" "),
+            outliers(&row.outliers),
             best.map_or(String::new(), |o| format!("{} {}", o.observer, decibels(o.sqnr_db))),
         ]);
     }
@@ -188,14 +184,12 @@ fn print(diagnosis: &Diagnosis, top: usize) -> Result<()> {
     weights.sort_by(|a, b| key(a.figures.sqnr_db).total_cmp(&key(b.figures.sqnr_db)));
     let mut table = Table::new(&["weight", "of", "SQNR dB", "max error", "outlier channels"]);
     for row in weights.iter().take(top) {
-        let outliers: Vec<String> =
-            row.outliers.iter().take(3).map(|o| format!("{} ({:.0}x)", o.channel, o.times)).collect();
         table.row(vec![
             row.tensor.clone(),
             row.node.clone(),
             decibels(row.figures.sqnr_db),
             format!("{:.2e}", row.figures.max_error),
-            outliers.join(" "),
+            outliers(&row.outliers),
         ]);
     }
     output::say(&table.render())

@@ -8,7 +8,6 @@ use crate::commands::Run;
 use crate::output::{self, Table};
 use crate::session::Session;
 use anyhow::Result;
-use nibble_models::vision::prepare::Prepared;
 use nibble_quant::onnx::plan::{Decision, PlannedNode};
 use nibble_quant::onnx::report::{Report, report};
 use nibble_quant::onnx::{External, Plan, plan};
@@ -68,7 +67,7 @@ impl Run for Quantize {
             return show(session, &plan, opened.1.into.len());
         }
         let goal = self.mixed.goal(self.recipe.settings()?.mode)?;
-        let (mut prepared, samples) = self.recipe.prepare(session, opened, &self.preparation, threads)?;
+        let (prepared, samples) = self.recipe.prepare(session, opened, &self.preparation, threads)?;
         let mixed = match goal {
             Some(goal) => {
                 let calib = self.recipe.samples(session, &self.preparation, &prepared.model)?;
@@ -76,17 +75,17 @@ impl Run for Quantize {
             }
             None => None,
         };
-        let quantized = match &mixed {
-            Some(mixed) => {
-                prepared.plan = mixed.plan.clone();
-                mixed.model.clone()
+        let plain;
+        let (plan, quantized) = match &mixed {
+            Some(mixed) => (&mixed.plan, &mixed.model),
+            None => {
+                plain = prepared.quantize()?;
+                (&prepared.plan, &plain)
             }
-            None => prepared.quantize()?,
         };
-        let Prepared { model, plan, .. } = &prepared;
         let Some(output) = &self.output else { return Ok(()) };
         let tensors = match session.json || self.report {
-            true => report(model, &quantized)?,
+            true => report(&prepared.model, quantized)?,
             false => Report::default(),
         };
         quantized.save(output, External::Auto)?;

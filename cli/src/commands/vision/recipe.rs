@@ -13,9 +13,7 @@ use nibble_models::vision::diagnose::layers;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare, runs};
 use nibble_quant::observer::{self, IntGrid, IntType};
 use nibble_quant::onnx::weights::Rounding;
-use nibble_quant::onnx::{
-    Calibration, Fine, Folded, Graph, Mode, Model, Packing, Selector, Settings, Target, opset, plan,
-};
+use nibble_quant::onnx::{Fine, Folded, Graph, Mode, Model, Packing, Selector, Settings, Target, opset, plan};
 use std::path::{Path, PathBuf};
 
 /// The flags.
@@ -253,7 +251,7 @@ impl Recipe {
             Mode::WeightOnly { .. } => true,
         };
         if uncalibrated {
-            return Ok((Prepared { model, folded, plan: before, calibration: Calibration::default() }, 0));
+            return Ok((Prepared::uncalibrated(model, folded, before), 0));
         }
         let options = self.options(session, threads)?;
         let data = self.samples(session, preparation, &model)?;

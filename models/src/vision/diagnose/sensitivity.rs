@@ -140,7 +140,7 @@ struct Bench {
 
 impl Bench {
     fn new(prepared: &Prepared, quantized: &Model, layers: &[Layer], threads: usize) -> Result<Bench> {
-        let Prepared { model, folded, plan, calibration } = prepared;
+        let Prepared { model, folded, plan, calibration, .. } = prepared;
         let outputs: Vec<String> = model.graph().output.iter().map(|o| o.name().to_owned()).collect();
         let (graph, after) = (Graph::new(model.graph())?, Graph::new(quantized.graph())?);
         let (mut integers, mut floats) = (Vec::new(), Vec::new());
@@ -239,7 +239,7 @@ pub fn effects(
     stop: &AtomicBool,
     progress: &(dyn Fn() + Sync),
 ) -> Result<(Vec<Tally>, Shapes)> {
-    let Prepared { model, folded, plan, calibration } = prepared;
+    let Prepared { model, folded, plan, calibration, .. } = prepared;
     let graph = Graph::new(model.graph())?;
     let outputs: Vec<String> = model.graph().output.iter().map(|o| o.name().to_owned()).collect();
     let mut branches = Vec::new();
