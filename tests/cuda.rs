@@ -6,6 +6,7 @@ mod attention;
 mod fused;
 mod linear;
 mod model;
+mod probe;
 mod rows;
 mod violations;
 
@@ -56,6 +57,7 @@ laws! {
     rows::gates_sums_and_caps_are_their_formulas,
     rows::choices_are_the_first_of_the_largest,
     rows::selected_rows_are_copies,
+    probe::the_doctors_products_are_right,
     attention::attention_is_softmax_of_scores_times_values,
     attention::unfit_caches_are_refused,
     fused::products_together_are_products_apart,

@@ -4,6 +4,7 @@ mod bench;
 mod calibrate;
 mod chat;
 mod diff;
+mod doctor;
 mod eval;
 mod generate;
 mod import;
@@ -59,6 +60,7 @@ pub static COMMANDS: &[Command] = &[
     command::<vision::Vision>("vision"),
     command::<schemes::Schemes>("schemes"),
     command::<kernels::Kernels>("kernels"),
+    command::<doctor::Doctor>("doctor"),
     command::<synth::Synth>("synth"),
 ];
 

@@ -15,6 +15,7 @@ use nibble_models::sample::SampleSettings;
 use nibble_models::tokenizer::Tokenizer;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -29,6 +30,9 @@ pub struct Running {
     /// How keys and values are kept
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// Where the model runs; on a GPU --threads and --activations have no effect
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
 }
 
 /// Where a model runs.
@@ -38,6 +42,16 @@ pub enum Device {
     Cpu,
     /// The first NVIDIA GPU
     Cuda,
+}
+
+impl Device {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Device::Cpu => "cpu",
+            Device::Cuda => "cuda",
+        }
+    }
 }
 
 /// Numbers that activations are in when they meet quantized weights.
@@ -93,47 +107,57 @@ impl Kv {
     }
 }
 
-/// A model ready to speak, on the CPU if nothing else is said.
-pub struct Speaker<B: Backend = CpuBackend> {
+/// A model ready to speak.
+pub struct Speaker<B: Backend> {
     /// Its weights.
     pub model: Model<B>,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
     /// Seconds that loading took.
     pub load_seconds: f64,
+    /// The threads that were asked for; the model's own where it runs on them.
+    pub pool: Arc<Pool>,
+}
+
+/// What a command does with a model, wherever that runs.
+pub trait WithSpeaker {
+    /// Does it.
+    ///
+    /// # Errors
+    /// Whatever the command can't do.
+    fn run<B: Backend>(self, speaker: Speaker<B>) -> Result<()>;
 }
 
 impl Running {
-    /// Loads a model with its tokenizer.
-    pub fn load(&self, session: &Session, checkpoint: &str) -> Result<Speaker> {
+    /// Loads a model with its tokenizer on the device that was asked for, and does `work` with it.
+    pub fn with(&self, session: &Session, checkpoint: &str, work: impl WithSpeaker) -> Result<()> {
         let path = crate::hub::checkpoint(session, checkpoint)?;
         let start = Instant::now();
-        let pool = Pool::new(self.threads.threads.map_or_else(Pool::default_threads, Into::into));
-        let backend = CpuBackend::new(Arc::new(pool), self.activations.kind());
-        let (model, tokenizer) = Model::load_speaking(&path, backend)?;
-        Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
+        let pool = Arc::new(Pool::new(self.threads.threads.map_or_else(Pool::default_threads, Into::into)));
+        match self.device {
+            Device::Cpu => {
+                let backend = CpuBackend::new(Arc::clone(&pool), self.activations.kind());
+                work.run(load(&path, backend, pool, start)?)
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda => work.run(load(&path, open_gpu(session)?, pool, start)?),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda => Err(without_cuda()),
+        }
     }
 }
 
-/// The first GPU.
-#[cfg(feature = "cuda")]
-pub type GpuBackend = nibble_models::cuda::CudaBackend<nibble_kernels::cuda::driver::Driver>;
+fn load<B: Backend>(path: &Path, backend: B, pool: Arc<Pool>, start: Instant) -> Result<Speaker<B>> {
+    let (model, tokenizer) = Model::load_speaking(path, backend)?;
+    Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64(), pool })
+}
 
 /// Opens the first GPU and says which it is.
 #[cfg(feature = "cuda")]
-pub fn open_gpu(session: &Session) -> Result<GpuBackend> {
+pub fn open_gpu(session: &Session) -> Result<nibble_models::cuda::CudaBackend<nibble_kernels::cuda::driver::Driver>> {
     let driver = nibble_kernels::cuda::driver::Driver::open(0)?;
     session.remark(format!("on {}", driver.name()?));
     Ok(nibble_models::cuda::CudaBackend::new(nibble_kernels::cuda::Cuda::new(driver)?)?)
-}
-
-/// Loads a model with its tokenizer on a GPU.
-#[cfg(feature = "cuda")]
-pub fn load_on_gpu(session: &Session, checkpoint: &str) -> Result<Speaker<GpuBackend>> {
-    let path = crate::hub::checkpoint(session, checkpoint)?;
-    let start = Instant::now();
-    let (model, tokenizer) = Model::load_speaking(&path, open_gpu(session)?)?;
-    Ok(Speaker { model, tokenizer, load_seconds: start.elapsed().as_secs_f64() })
 }
 
 /// What a build without CUDA says to `--device cuda`.

@@ -15,6 +15,7 @@ pub mod isa;
 pub mod limits;
 pub mod ops;
 pub mod pool;
+pub mod probe;
 pub mod simd;
 pub mod weight;
 

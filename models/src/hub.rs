@@ -135,6 +135,27 @@ pub fn fetch(options: &HubOptions, repo: &str, revision: &str, progress: &mut dy
     if options.offline { source.cached() } else { source.fetch(progress) }
 }
 
+/// Asks the hub whether it is there and, if there is a token, whose it is: none without one.
+///
+/// # Errors
+/// No answer within about `patience`, or a refusal: of the token, most likely.
+pub fn greet(options: &HubOptions, patience: Duration) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    struct Owner {
+        name: String,
+    }
+    let client = Client::with_patience(options, patience);
+    let endpoint = &options.endpoint;
+    if options.token.is_none() {
+        client.get_small(endpoint, &format!("{endpoint}/api/models?limit=1"))?;
+        return Ok(None);
+    }
+    let answer = client.get_small(endpoint, &format!("{endpoint}/api/whoami-v2"))?;
+    let owner: Owner = serde_json::from_slice(&answer)
+        .map_err(|e| ModelError::Hub { what: endpoint.clone(), why: format!("/api/whoami-v2: {e}") })?;
+    Ok(Some(owner.name))
+}
+
 /// The answer to a question about a repository.
 #[derive(Debug, Deserialize)]
 struct RepoInfo {

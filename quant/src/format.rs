@@ -12,7 +12,7 @@ pub mod safetensors;
 pub mod shards;
 pub mod source;
 
-pub use mmap::MappedFile;
+pub use mmap::{MappedFile, free_space};
 pub use output::{Done, OutputDir, OutputOptions};
 pub use source::{Dtype, Stored, TensorInfo, TensorSource};
 

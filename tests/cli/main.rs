@@ -7,6 +7,7 @@ mod assets;
 mod chain;
 mod conversation;
 mod damage;
+mod doctor;
 mod download;
 mod interrupt;
 mod json;

@@ -199,3 +199,20 @@ fn limits_of_an_evaluation_decide_the_exit_code() {
     assert!(diff.error(1).contains("below 90"), "{}", diff.stderr);
     assert!(diff.stdout.contains("<--"), "{}", diff.stdout);
 }
+
+#[test]
+#[cfg(not(feature = "cuda"))]
+fn a_gpu_is_refused_by_a_build_without_it() {
+    let place = Place::new();
+    place.model("float", &[]);
+    std::fs::write(place.path("text"), "some words").unwrap();
+    for words in [
+        &["generate", "float", "-p", "a", "--device", "cuda"][..],
+        &["chat", "float", "--device", "cuda"],
+        &["eval", "float", "--text", "text", "--device", "cuda"],
+        &["bench", "float", "--device", "cuda"],
+    ] {
+        let said = place.run(words).error(2).to_owned();
+        assert!(said.contains("--features cuda"), "{words:?}: {said}");
+    }
+}

@@ -2,10 +2,10 @@
 
 use super::Run;
 use crate::output;
-use crate::running::{Running, Sampling, Speaker, Stream, answer_json, timings};
+use crate::running::{Running, Sampling, Speaker, Stream, WithSpeaker, answer_json, timings};
 use crate::session::Session;
 use anyhow::{Context as _, Result};
-use nibble_models::cpu::CpuBackend;
+use nibble_models::backend::Backend;
 use nibble_models::decoder::{Context, ContextPlan};
 use nibble_models::generate::{GenerateOptions, Generation, generate};
 use nibble_models::template::{ChatTemplate, Message, RenderOptions};
@@ -49,16 +49,28 @@ pub struct Chat {
 
 impl Run for Chat {
     fn run(self, session: &Session) -> Result<()> {
-        let speaker = self.running.load(session, &self.checkpoint)?;
+        self.running.with(session, &self.checkpoint, Talking { words: &self, session })
+    }
+}
+
+/// A conversation from its first message to its last.
+struct Talking<'a> {
+    words: &'a Chat,
+    session: &'a Session,
+}
+
+impl WithSpeaker for Talking<'_> {
+    fn run<B: Backend>(self, speaker: Speaker<B>) -> Result<()> {
+        let Talking { words, session } = self;
         let template = speaker.model.chat_template()?;
-        let options = self.sampling.options(&speaker.model)?;
+        let options = words.sampling.options(&speaker.model)?;
         let decoder = speaker.model.decoder();
         let limit = decoder.config().max_positions;
-        let capacity = self.ctx.unwrap_or(DEFAULT_CONTEXT.min(limit)).min(limit);
+        let capacity = words.ctx.unwrap_or(DEFAULT_CONTEXT.min(limit)).min(limit);
         let context =
-            decoder.context(ContextPlan { capacity, kv: self.running.kv.kind(), ..ContextPlan::default() })?;
+            decoder.context(ContextPlan { capacity, kv: words.running.kv.kind(), ..ContextPlan::default() })?;
         let mut talk = Talk { speaker: &speaker, template, options, context, held: Vec::new(), messages: Vec::new() };
-        talk.start(self.system);
+        talk.start(words.system.clone());
         let mut lines = Lines::open(session)?;
         if lines.interactive() {
             session.remark(format!("{}; /help for help, Ctrl-D to leave", speaker.model.path().display()));
@@ -81,17 +93,17 @@ impl Run for Chat {
 }
 
 /// A conversation and what the model holds of it.
-struct Talk<'a> {
-    speaker: &'a Speaker,
+struct Talk<'a, B: Backend> {
+    speaker: &'a Speaker<B>,
     template: ChatTemplate,
     options: GenerateOptions,
-    context: Context<CpuBackend>,
+    context: Context<B>,
     /// Tokens whose keys and values are in the cache.
     held: Vec<u32>,
     messages: Vec<Message>,
 }
 
-impl Talk<'_> {
+impl<B: Backend> Talk<'_, B> {
     fn start(&mut self, system: Option<String>) {
         self.messages.clear();
         self.messages.extend(system.map(|text| Message::new("system", text)));

@@ -4,14 +4,14 @@ use super::Run;
 use crate::failure::Stopped;
 use crate::output;
 use crate::progress::Meter;
-use crate::running::Running;
+use crate::running::{Running, Speaker, WithSpeaker};
 use crate::session::Session;
 use anyhow::{Context as _, Result, bail};
 use nibble_models::Model;
+use nibble_models::backend::Backend;
 use nibble_models::eval::{EvalPlan, EvalReport, beginning, evaluate};
 use serde_json::json;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// Perplexity on a text, and KL divergence and agreement with a reference checkpoint, as llama-perplexity defines them
@@ -50,19 +50,32 @@ impl Run for Eval {
     fn run(self, session: &Session) -> Result<()> {
         let bytes = std::fs::read(&self.text).with_context(|| format!("can't read {}", self.text.display()))?;
         let text = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", self.text.display()))?;
-        let speaker = self.running.load(session, &self.checkpoint)?;
-        let tokens = speaker.tokenizer.encode(&text, false)?;
-        let pool = Arc::clone(speaker.model.decoder().backend().pool());
-        let reference = match &self.reference {
+        self.running.with(session, &self.checkpoint, Scoring { words: &self, session, text: &text })
+    }
+}
+
+/// The text is predicted, by the reference too if there is one.
+struct Scoring<'a> {
+    words: &'a Eval,
+    session: &'a Session,
+    text: &'a str,
+}
+
+impl WithSpeaker for Scoring<'_> {
+    fn run<B: Backend>(self, speaker: Speaker<B>) -> Result<()> {
+        let Scoring { words, session, text } = self;
+        let tokens = speaker.tokenizer.encode(text, false)?;
+        let reference = match &words.reference {
             Some(reference) => {
                 let path = crate::hub::checkpoint(session, reference)?;
-                let model = Model::load_on(&path, pool, nibble_kernels::ActKind::F32)?;
-                same_tokens(&model, &text, &tokens)?;
+                // On the CPU wherever the model runs: what it is compared with doesn't change with the device.
+                let model = Model::load_on(&path, speaker.pool, nibble_kernels::ActKind::F32)?;
+                same_tokens(&model, text, &tokens)?;
                 Some(model)
             }
             None => None,
         };
-        let plan = EvalPlan { n_ctx: self.ctx, chunks: self.chunks, bos: beginning(&speaker.tokenizer)? };
+        let plan = EvalPlan { n_ctx: words.ctx, chunks: words.chunks, bos: beginning(&speaker.tokenizer)? };
         let meter = Meter::new(session, "eval", "chunks");
         let start = Instant::now();
         let mut stopped = false;
@@ -86,9 +99,10 @@ impl Run for Eval {
             let mut value = serde_json::to_value(&report)?;
             value["model"] = json!(speaker.model.path());
             value["reference"] = json!(reference.as_ref().map(Model::path));
-            value["text"] = json!(self.text);
+            value["text"] = json!(words.text);
             value["text_tokens"] = json!(tokens.len());
-            value["activations"] = json!(self.running.activations.name());
+            value["activations"] = json!(words.running.activations.name());
+            value["device"] = json!(words.running.device.name());
             value["seconds"] = json!(seconds);
             output::json(&value)?;
         } else {
@@ -97,7 +111,7 @@ impl Run for Eval {
         if stopped {
             return Err(Stopped.into());
         }
-        self.judge(&report)
+        words.judge(&report)
     }
 }
 

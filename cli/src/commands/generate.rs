@@ -3,7 +3,7 @@
 use super::Run;
 use crate::failure::{Stopped, Usage};
 use crate::output;
-use crate::running::{Device, Running, Sampling, Speaker, Stream, answer_json, timings};
+use crate::running::{Running, Sampling, Speaker, Stream, WithSpeaker, answer_json, timings};
 use crate::session::Session;
 use anyhow::{Context as _, Result};
 use nibble_models::backend::Backend;
@@ -37,9 +37,6 @@ pub struct Generate {
     /// Tokens of context [default: what prompt and answer need, at most what the model was made for]
     #[arg(short, long, value_name = "N")]
     ctx: Option<usize>,
-    /// Where the model runs; on a GPU --threads and --activations have no effect
-    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Device::Cpu)]
-    device: Device,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -49,13 +46,20 @@ pub struct Generate {
 impl Run for Generate {
     fn run(self, session: &Session) -> Result<()> {
         let prompt = self.prompt()?;
-        match self.device {
-            Device::Cpu => self.speak(session, &self.running.load(session, &self.checkpoint)?, &prompt),
-            #[cfg(feature = "cuda")]
-            Device::Cuda => self.speak(session, &crate::running::load_on_gpu(session, &self.checkpoint)?, &prompt),
-            #[cfg(not(feature = "cuda"))]
-            Device::Cuda => Err(crate::running::without_cuda()),
-        }
+        self.running.with(session, &self.checkpoint, Speaking { words: &self, session, prompt: &prompt })
+    }
+}
+
+/// Text from a prompt.
+struct Speaking<'a> {
+    words: &'a Generate,
+    session: &'a Session,
+    prompt: &'a str,
+}
+
+impl WithSpeaker for Speaking<'_> {
+    fn run<B: Backend>(self, speaker: Speaker<B>) -> Result<()> {
+        self.words.speak(self.session, &speaker, self.prompt)
     }
 }
 

@@ -7,17 +7,14 @@ use crate::limits::Limits;
 use crate::output::{self, Table};
 use crate::session::Session;
 use anyhow::Result;
-use half::{bf16, f16};
 use nibble_kernels::gemm::{GEMMS, GemmKernel, Product};
 use nibble_kernels::weight::WeightKind;
-use nibble_kernels::{Activations, DenseSource, Isa, Levels, PackedWeight, Pool, Scales, WeightSource, Zeros};
+use nibble_kernels::{Activations, Isa, PackedWeight, Pool, probe};
 use nibble_quant::recipe::glob;
 use serde::Serialize;
 use serde_json::json;
 use std::time::{Duration, Instant};
 
-/// Values that share a scale in the weights that are timed.
-const GROUP: usize = 32;
 /// How long a kernel is timed.
 const TIME: Duration = Duration::from_millis(200);
 
@@ -203,7 +200,7 @@ impl Kernels {
     ) -> Result<Speed> {
         let [n, k] = self.shape;
         if !weights.iter().any(|(kind, _)| *kind == kernel.weight) {
-            weights.push((kernel.weight, random_weight(kernel.weight, n, k)?));
+            weights.push((kernel.weight, probe::weight(kernel.weight, n, k)?));
         }
         let Some((_, weight)) = weights.iter().find(|(kind, _)| *kind == kernel.weight) else {
             anyhow::bail!("{}: no weight of its kind", kernel.name);
@@ -236,39 +233,6 @@ impl Kernels {
             int8_share: multiply_adds / limits.int8_multiply_adds_per_second,
         })
     }
-}
-
-/// A weight whose values don't matter.
-fn random_weight(kind: WeightKind, n: usize, k: usize) -> Result<PackedWeight> {
-    let spread = |i: usize| (i as u32).wrapping_mul(2_654_435_761) >> 24;
-    let dense = |i: usize| spread(i) as f32 / 128.0 - 1.0;
-    let coded = |levels: Levels, zero: i32| -> Result<PackedWeight> {
-        let mask = if levels.bits() == 4 { 15 } else { 255 };
-        let codes: Vec<u8> = (0..n * k).map(|i| spread(i) as u8 & mask).collect();
-        let scales = vec![f16::from_f32(0.01); n * k.div_ceil(GROUP)];
-        let (scales, zeros) = (Scales::F16(&scales), Zeros::Const(zero));
-        let source = WeightSource { n, k, group: GROUP, levels, codes: &codes, scales, zeros, outliers: None };
-        Ok(PackedWeight::pack(&source)?)
-    };
-    let ascending: [i8; 16] = std::array::from_fn(|i| (i as i16 * 16 - 120) as i8);
-    Ok(match kind {
-        WeightKind::W4Lin => coded(Levels::Linear4, 8)?,
-        WeightKind::W4Tab => coded(Levels::Table4(ascending), 0)?,
-        WeightKind::W4Flt => coded(Levels::FloatTable4(ascending.map(|level| f32::from(level) / 127.0)), 0)?,
-        WeightKind::W8 => coded(Levels::Linear8, 128)?,
-        WeightKind::F32 => {
-            let values: Vec<f32> = (0..n * k).map(dense).collect();
-            PackedWeight::pack_dense(n, k, DenseSource::F32(&values))?
-        }
-        WeightKind::Bf16 => {
-            let values: Vec<bf16> = (0..n * k).map(|i| bf16::from_f32(dense(i))).collect();
-            PackedWeight::pack_dense(n, k, DenseSource::Bf16(&values))?
-        }
-        WeightKind::F16 => {
-            let values: Vec<f16> = (0..n * k).map(|i| f16::from_f32(dense(i))).collect();
-            PackedWeight::pack_dense(n, k, DenseSource::F16(&values))?
-        }
-    })
 }
 
 fn yes(flag: bool) -> String {

@@ -34,15 +34,19 @@ pub(super) struct Client<'a> {
 
 impl<'a> Client<'a> {
     pub(super) fn new(options: &'a HubOptions) -> Self {
+        Self::with_patience(options, PATIENCE)
+    }
+
+    pub(super) fn with_patience(options: &'a HubOptions, patience: Duration) -> Self {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             .user_agent(concat!("nibble/", env!("CARGO_PKG_VERSION")))
             // A compressed answer would have neither the size nor the ranges of the file.
             .accept_encoding("identity")
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE))
+            .timeout_connect(Some(patience))
+            .timeout_recv_response(Some(patience))
+            .timeout_per_read(Some(patience))
             .build();
         Self { agent: config.into(), options }
     }
@@ -99,6 +103,7 @@ impl<'a> Client<'a> {
             None => "set HF_TOKEN if it is private",
         };
         let why = match (status, code) {
+            (401 | 403, _) if url.ends_with("/whoami-v2") => format!("the token is refused ({status})"),
             (_, "GatedRepo") => {
                 format!("gated ({status}): accept its conditions on {}, then set HF_TOKEN", self.options.endpoint)
             }

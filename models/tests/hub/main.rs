@@ -313,3 +313,18 @@ fn the_environment_is_read_as_hugging_face_tools_read_it() {
     assert_eq!((other.endpoint.as_str(), other.offline), ("http://mirror", true));
     assert!(!read(&[("HOME", "/h"), ("HF_HUB_OFFLINE", "0")]).unwrap().offline);
 }
+
+#[test]
+fn a_hub_says_whether_it_is_there_and_whose_the_token_is() {
+    let (server, cache) = (Server::start(), tempfile::tempdir().unwrap());
+    let patience = std::time::Duration::from_secs(20);
+    let options = server.options(cache.path());
+    assert_eq!(hub::greet(&options, patience).unwrap(), None);
+    server.state.lock().unwrap().token = Some("secret");
+    let with = |token: &str| HubOptions { token: Some(token.to_owned()), ..options.clone() };
+    assert_eq!(hub::greet(&with("secret"), patience).unwrap().as_deref(), Some("somebody"));
+    let refused = hub::greet(&with("other"), patience).unwrap_err().to_string();
+    assert!(refused.contains("the token is refused (401)") && !refused.contains("other"), "{refused}");
+    let nobody = HubOptions { endpoint: "http://127.0.0.1:1".into(), ..options };
+    assert!(hub::greet(&nobody, patience).unwrap_err().to_string().contains("127.0.0.1:1"));
+}

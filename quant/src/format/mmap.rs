@@ -90,7 +90,7 @@ impl MappedFile {
 ///
 /// # Errors
 /// What the system says, naming nothing: the caller knows the path.
-pub(super) fn free_space(path: &Path) -> io::Result<u64> {
+pub fn free_space(path: &Path) -> io::Result<u64> {
     let path = c_path(path)?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: `path` ends with a zero byte and `stat` has room for what the call writes.
