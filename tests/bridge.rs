@@ -18,6 +18,23 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
 
 #[test]
 fn a_quantized_linear_is_candles_product_with_its_values() {
+    compare(&Device::Cpu);
+}
+
+#[cfg(feature = "candle-cuda")]
+#[test]
+fn a_quantized_linear_on_candles_gpu_is_its_product_too() {
+    match Device::new_cuda(0) {
+        Ok(gpu) => compare(&gpu),
+        Err(why) => {
+            eprintln!("skipped: no CUDA device: {why}");
+            assert!(std::env::var_os("NIBBLE_STRICT_GPU").is_none(), "a GPU is asked for: {why}");
+        }
+    }
+}
+
+/// Products on a device with candle's products on the CPU.
+fn compare(device: &Device) {
     let (n, k) = (40, 96);
     let weight = numbers(n * k, 37);
     let preset = presets::by_name("int4-g32").unwrap();
@@ -29,12 +46,17 @@ fn a_quantized_linear_is_candles_product_with_its_values() {
     let pool = Arc::new(Pool::new(2));
     let linear = QuantLinear::new(tensor.pack().unwrap(), Some(bias.clone()), ActKind::F32, pool).unwrap();
 
-    let device = Device::Cpu;
-    let floats = Tensor::from_vec(tensor.dequantize(), (n, k), &device).unwrap();
-    let bias = Tensor::from_vec(bias, n, &device).unwrap();
+    let host = Device::Cpu;
+    let floats = Tensor::from_vec(tensor.dequantize(), (n, k), &host).unwrap();
+    let bias = Tensor::from_vec(bias, n, &host).unwrap();
     // A batch of rows, not contiguous, so that the module has to straighten it.
-    let x = Tensor::from_vec(numbers(2 * 3 * k, 53), (2, k, 3), &device).unwrap().transpose(1, 2).unwrap();
-    let ours = linear.forward(&x).unwrap();
+    let x = Tensor::from_vec(numbers(2 * 3 * k, 53), (2, k, 3), &host).unwrap().transpose(1, 2).unwrap();
+    // A GPU's are straightened before: candle's own kernels aren't what is compared.
+    let there = if device.is_cpu() { x.clone() } else { x.contiguous().unwrap().to_device(device).unwrap() };
+    let ours = linear.forward(&there).unwrap().to_device(&host).unwrap();
+    // Again, with the weight that is on the device now.
+    let again = linear.forward(&there).unwrap().to_device(&host).unwrap();
+    assert_eq!(largest_difference(&ours, &again), 0.0);
     assert_eq!(ours.dims(), [2, 3, n]);
     let theirs = x.contiguous().unwrap().broadcast_matmul(&floats.t().unwrap()).unwrap();
     let theirs = theirs.broadcast_add(&bias).unwrap();

@@ -1,6 +1,7 @@
 //! [`Gpu`] over the machine's NVIDIA driver, which is looked for when it is asked for: a program with this module in it
 //! starts on machines without one.
 
+mod foreign;
 mod queue;
 
 use super::gpu::{DeviceMemory, Gpu, Launch, MODULES, Ptx};
@@ -69,8 +70,8 @@ pub struct DriverMemory {
     address: u64,
     bytes: usize,
     work: Arc<Work>,
-    /// Owns the memory.
-    _slice: CudaSlice<u8>,
+    /// Owns the memory, unless someone else does.
+    _slice: Option<CudaSlice<u8>>,
 }
 
 impl std::fmt::Debug for DriverMemory {
@@ -111,24 +112,31 @@ impl Driver {
     /// There is no driver or no such GPU, or it is too old; the error says which.
     pub fn open(ordinal: usize) -> Result<Driver, KernelError> {
         // SAFETY: only looks whether the driver's library can be opened.
+        #[cfg(not(feature = "cuda-linked"))]
         if !unsafe { sys::is_culib_present() } {
             let why =
                 "no NVIDIA driver: libcuda is not on this machine; run without `--device cuda`, or install the driver";
             return Err(KernelError::Cuda { why: why.to_string() });
         }
         let context = CudaContext::new(ordinal).map_err(refusal(&format!("GPU {ordinal}")))?;
+        // One stream does everything, so nothing has to be ordered between streams.
+        // SAFETY: no memory of this context was allocated before, and none is used by another stream.
+        unsafe { context.disable_event_tracking() };
+        Driver::with(context.new_stream().map_err(refusal("a stream"))?)
+    }
+
+    /// Works in this stream.
+    fn with(stream: Arc<CudaStream>) -> Result<Driver, KernelError> {
+        let context = stream.context();
         let capability = context.compute_capability().map_err(refusal("compute capability"))?;
         if capability < OLDEST {
             let ((major, minor), (a, b)) = (capability, OLDEST);
-            let why = format!("GPU {ordinal} has compute capability {major}.{minor}; the kernels need {a}.{b}");
+            let number = context.ordinal();
+            let why = format!("GPU {number} has compute capability {major}.{minor}; the kernels need {a}.{b}");
             return Err(KernelError::Cuda { why });
         }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = context.attribute(count).map_err(refusal("multiprocessors"))?;
-        // One stream does everything, so nothing has to be ordered between streams.
-        // SAFETY: no memory of this context was allocated before, and none is used by another stream.
-        unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(refusal("a stream"))?;
         let entries = MODULES.iter().flat_map(|module| entries(module.text).map(|entry| (entry, *module)));
         Ok(Driver {
             work: Arc::new(Work { stream, queue: Mutex::default() }),
@@ -301,7 +309,7 @@ impl Gpu for Driver {
         let slice = unsafe { stream.alloc::<u8>(bytes.max(1)) }
             .map_err(refusal(&format!("{bytes} bytes of the GPU's memory")))?;
         let address = slice.device_ptr(stream).0;
-        Ok(DriverMemory { address, bytes, work: self.work.clone(), _slice: slice })
+        Ok(DriverMemory { address, bytes, work: self.work.clone(), _slice: Some(slice) })
     }
 
     fn write(&self, memory: &DriverMemory, at: usize, bytes: &[u8]) -> Result<(), KernelError> {

@@ -101,11 +101,25 @@ impl<G: Gpu> Cuda<G> {
     /// # Errors
     /// The device has no memory for them.
     pub fn rows(&self, capacity: usize, width: usize) -> Result<DeviceRows<G::Memory>, KernelError> {
+        self.rows_over(self.gpu.allocate(capacity * width * 4)?, capacity, width)
+    }
+
+    /// The same over memory that holds their values, (capacity, width) f32.
+    ///
+    /// # Errors
+    /// The memory is too small; or as [`Cuda::rows`].
+    pub fn rows_over(
+        &self,
+        values: G::Memory,
+        capacity: usize,
+        width: usize,
+    ) -> Result<DeviceRows<G::Memory>, KernelError> {
         size(capacity * width.next_multiple_of(64))?;
+        check_room("the GPU's memory", values.bytes(), capacity * width * 4)?;
         Ok(DeviceRows {
             width,
             capacity,
-            values: self.gpu.allocate(capacity * width * 4)?,
+            values,
             halves: self.gpu.allocate(capacity * width.next_multiple_of(64) * 2)?,
             factors: self.gpu.allocate(capacity * 4)?,
             packed: Cell::new(0),
