@@ -60,8 +60,9 @@ fn compare(device: &Device) {
     assert_eq!(ours.dims(), [2, 3, n]);
     let theirs = x.contiguous().unwrap().broadcast_matmul(&floats.t().unwrap()).unwrap();
     let theirs = theirs.broadcast_add(&bias).unwrap();
-    // Sums of 96 products of magnitudes up to 1: both round fewer than 200 times.
-    assert!(largest_difference(&ours, &theirs) < 200.0 * 96.0 * f32::EPSILON);
+    // Sums of 96 products of magnitudes up to 1: both round fewer than 200 times. A GPU rounds activations to halves.
+    let halves = if device.is_cpu() { 0.0 } else { 96.0 / 2048.0 };
+    assert!(largest_difference(&ours, &theirs) < 200.0 * 96.0 * f32::EPSILON + halves);
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use super::QuantMatmul;
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::DevicePtr;
 use candle_core::cuda_backend::{CudaDevice, DeviceId};
 use candle_core::{CudaStorage, Error, Layout, Result, Shape};
 use nibble_kernels::KernelError;
@@ -47,36 +46,12 @@ impl QuantMatmul {
             None => self.move_to(&cuda, device.id()).map_err(Error::wrap)?,
         };
         let here = resident.insert(here);
-        // SAFETY: every value is written below: each row of the product.
-        let out = unsafe { device.alloc::<f32>(rows * self.weight.n())? };
-        let stream = device.cuda_stream();
-        {
-            let (from, _reading) = values.device_ptr(&stream);
-            let (to, _writing) = out.device_ptr(&stream);
-            // SAFETY: both slices live until the end of this block, where the work has been put into the stream that
-            // candle frees and changes them in.
-            let memory = unsafe { (cuda.gpu().foreign(from, 4 * values.len()), cuda.gpu().foreign(to, 4 * out.len())) };
-            self.multiply(&cuda, memory, rows, here).map_err(Error::wrap)?;
-        }
+        let out = cuda.product_of(&values, rows, &here.weight, here.bias.as_ref()).map_err(Error::wrap)?;
         Ok((CudaStorage::wrap_cuda_slice(out, device), shape))
     }
 
     fn move_to(&self, cuda: &Cuda<Driver>, device: DeviceId) -> std::result::Result<Resident, KernelError> {
         let bias = self.bias.as_deref().map(|bias| cuda.vector(bias)).transpose()?;
         Ok(Resident { device, weight: cuda.weight(&self.weight)?, bias })
-    }
-
-    fn multiply(
-        &self,
-        cuda: &Cuda<Driver>,
-        (from, to): (DriverMemory, DriverMemory),
-        rows: usize,
-        here: &Resident,
-    ) -> std::result::Result<(), KernelError> {
-        let mut x = cuda.rows_over(from, rows, self.weight.k())?;
-        let mut y = cuda.rows_over(to, rows, self.weight.n())?;
-        cuda.prepare(&mut x, rows)?;
-        cuda.multiply(&x, rows, &here.weight, here.bias.as_ref(), false, &mut y)?;
-        cuda.gpu().flush()
     }
 }
