@@ -20,7 +20,7 @@ pub mod simd;
 pub mod weight;
 
 pub use act::{ActKind, Activations, TILED_ROWS};
-pub use buffer::give_back_freed_memory;
+pub use buffer::{give_back_freed_memory, keep_freed_memory};
 pub use error::KernelError;
 pub use gemm::{GEMMS, GemmKernel, Product, multiply};
 pub use isa::Isa;

@@ -41,6 +41,15 @@ fn softmax_gelu_clips_and_norms_are_candles() {
         );
         agree("gelu", std::slice::from_ref(&x), |x| ops::gelu(&x[0]), |x| x[0].gelu_erf());
         agree("relu", std::slice::from_ref(&x), |x| ops::clamp(&x[0], 0.0, f32::INFINITY), |x| x[0].relu());
+        let (k, width) = (n, 5);
+        let inputs = [x.clone(), drawn(3, &[k, width]), drawn(4, &[width])];
+        agree("product", &inputs[..2], |x| ops::linear(&x[0], &x[1], None), |x| x[0].broadcast_matmul(&x[1]));
+        agree(
+            "linear",
+            &inputs,
+            |x| ops::linear(&x[0], &x[1], Some(&x[2])),
+            |x| x[0].broadcast_matmul(&x[1])?.broadcast_add(&x[2]),
+        );
         agree("add rows", &[x.clone(), drawn(2, &[n])], |x| ops::add_rows(&x[0], &x[1]), |x| x[0].broadcast_add(&x[1]));
         agree(
             "layer norm",

@@ -33,6 +33,8 @@ const MOMENTUM: f32 = 0.1;
 enum Step {
     /// A node, by position in the model's graph.
     Node { id: usize, operator: &'static Operator },
+    /// A MatMul, by position, whose product nothing but the addition of a bias reads.
+    Linear { id: usize, bias: String, output: String },
     /// GELU written out: its input, its output.
     Gelu { input: String, output: String },
     /// A pair of QuantizeLinear and DequantizeLinear.
@@ -202,6 +204,15 @@ impl Net {
             Step::Node { id, operator } => {
                 let call = call(*id);
                 Ok((call.node.out().to_owned(), (operator.run)(&call)?))
+            }
+            Step::Linear { id, bias, output } => {
+                let call = call(*id);
+                let bias = float(bias)?;
+                let mut y = call.of(ops::linear(call.tensor(0)?, call.tensor(1)?, Some(bias)))?;
+                while y.rank() < bias.rank() {
+                    y = call.of(y.unsqueeze(0))?;
+                }
+                Ok((output.clone(), y.into()))
             }
             Step::Gelu { input, output } => {
                 let y = ops::gelu(float(input)?);

@@ -10,6 +10,7 @@ mod elementwise;
 mod fake;
 mod norm;
 mod pool;
+mod product;
 mod rows;
 mod softmax;
 
@@ -18,11 +19,12 @@ pub use elementwise::{clamp, gelu};
 pub use fake::{Axis, FakeQuantize, fake_quantize};
 pub use norm::{BatchStatistics, batch_norm, layer_norm};
 pub use pool::{Pooling, pool2d};
+pub use product::linear;
 pub use rows::{add_channels, add_rows};
 pub use softmax::softmax;
 
 use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
-use nibble_kernels::simd::{LANES, Simd};
+use nibble_kernels::simd::{LANES, Simd, SimdOp};
 use rayon::prelude::*;
 
 /// Values that one thread takes at a time: a multiple of every vector's lanes.
@@ -49,46 +51,87 @@ pub fn lend<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T
     }
 }
 
-/// Cuts `out` and `x` at the same places and works on the parts in parallel; what each part returns, in order.
-fn parts<T: Send>(x: &[f32], out: &mut [f32], part: usize, f: impl Fn(&[f32], &mut [f32]) -> T + Sync) -> Vec<T> {
-    x.par_chunks(part.max(1)).zip(out.par_chunks_mut(part.max(1))).map(|(x, out)| f(x, out)).collect()
+/// As many values as `x` has, made in parts: `f` is given a part of `x` and the zeros that become the same part of the
+/// result. What it returns for each part comes second, in order.
+fn parts<T: Send>(x: &[f32], part: usize, f: impl Fn(&[f32], &mut [f32]) -> T + Sync) -> (Vec<f32>, Vec<T>) {
+    parts2(x, x, part, |x, _, out| f(x, out))
 }
 
-/// As [`parts`], over two inputs.
+/// As [`parts`], over two inputs of one length.
 fn parts2<T: Send>(
     x: &[f32],
     y: &[f32],
-    out: &mut [f32],
     part: usize,
     f: impl Fn(&[f32], &[f32], &mut [f32]) -> T + Sync,
-) -> Vec<T> {
+) -> (Vec<f32>, Vec<T>) {
     let part = part.max(1);
-    let inputs = x.par_chunks(part).zip(y.par_chunks(part));
-    inputs.zip(out.par_chunks_mut(part)).map(|((x, y), out)| f(x, y, out)).collect()
+    if rayon::current_num_threads() > 1 {
+        let mut out = vec![0f32; x.len()];
+        let inputs = x.par_chunks(part).zip(y.par_chunks(part));
+        let results = inputs.zip(out.par_chunks_mut(part)).map(|((x, y), out)| f(x, y, out)).collect();
+        return (out, results);
+    }
+    // A part is cleared just before it is written, and doesn't leave the cache in between.
+    let mut out = Vec::with_capacity(x.len());
+    let one = |(x, y): (&[f32], &[f32])| {
+        let at = out.len();
+        out.resize(at + x.len(), 0.0);
+        f(x, y, &mut out[at..])
+    };
+    let results = x.chunks(part).zip(y.chunks(part)).map(one).collect();
+    (out, results)
 }
 
-/// `out = f(x)`, whole vectors first.
-#[inline(always)]
-fn map<S: Simd>(s: S, x: &[f32], out: &mut [f32], f: impl Fn(S::F32) -> S::F32) {
-    let ((x, x_tail), (out, out_tail)) = (x.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
-    for (x, out) in x.iter().zip(out) {
-        s.store(f(s.load(x)), out);
-    }
-    if !out_tail.is_empty() {
-        s.store_partial(f(s.load_partial(x_tail)), out_tail);
+/// A function of the values in each lane. Not a closure: a closure is compiled by itself, without the instructions of
+/// whoever calls it, and each of its operations becomes a call.
+trait Lanewise<const N: usize> {
+    /// Its value. Must be `#[inline(always)]`.
+    fn at<S: Simd>(&self, s: S, x: [S::F32; N]) -> S::F32;
+}
+
+/// `out = f(x)`.
+struct Map<'a, F> {
+    x: &'a [f32],
+    out: &'a mut [f32],
+    f: F,
+}
+
+impl<F: Lanewise<1>> SimdOp for Map<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let ((x, x_tail), (out, out_tail)) = (self.x.as_chunks::<LANES>(), self.out.as_chunks_mut::<LANES>());
+        for (x, out) in x.iter().zip(out) {
+            s.store(self.f.at(s, [s.load(x)]), out);
+        }
+        if !out_tail.is_empty() {
+            s.store_partial(self.f.at(s, [s.load_partial(x_tail)]), out_tail);
+        }
     }
 }
 
-/// `out = f(x, y)`, whole vectors first; lanes past the end are 0.
-#[inline(always)]
-fn map2<S: Simd>(s: S, x: &[f32], y: &[f32], out: &mut [f32], mut f: impl FnMut(S::F32, S::F32) -> S::F32) {
-    let ((x, x_tail), (y, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
-    let (out, out_tail) = out.as_chunks_mut::<LANES>();
-    for ((x, y), out) in x.iter().zip(y).zip(out) {
-        s.store(f(s.load(x), s.load(y)), out);
-    }
-    if !out_tail.is_empty() {
-        s.store_partial(f(s.load_partial(x_tail), s.load_partial(y_tail)), out_tail);
+/// `out = f(x, y)`; lanes past the end are 0.
+struct Map2<'a, F> {
+    x: &'a [f32],
+    y: &'a [f32],
+    out: &'a mut [f32],
+    f: F,
+}
+
+impl<F: Lanewise<2>> SimdOp for Map2<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let ((x, x_tail), (y, y_tail)) = (self.x.as_chunks::<LANES>(), self.y.as_chunks::<LANES>());
+        let (out, out_tail) = self.out.as_chunks_mut::<LANES>();
+        for ((x, y), out) in x.iter().zip(y).zip(out) {
+            s.store(self.f.at(s, [s.load(x), s.load(y)]), out);
+        }
+        if !out_tail.is_empty() {
+            s.store_partial(self.f.at(s, [s.load_partial(x_tail), s.load_partial(y_tail)]), out_tail);
+        }
     }
 }
 

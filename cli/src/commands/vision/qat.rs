@@ -77,6 +77,8 @@ impl Run for Qat {
     fn run(self, session: &Session) -> Result<()> {
         self.output.check()?;
         self.threads.set_for_conversion()?;
+        // A step frees tensors of the sizes that the next one wants.
+        nibble_kernels::keep_freed_memory();
         let choice = observer::choose(&self.observer)?;
         let mut model = Model::open(&self.model)?;
         self.shapes.freeze(&mut model)?;

@@ -203,6 +203,8 @@ impl Run for Train {
     fn run(self, session: &Session) -> Result<()> {
         self.output.check()?;
         self.threads.set_for_conversion()?;
+        // A step frees tensors of the sizes that the next one wants.
+        nibble_kernels::keep_freed_memory();
         let (data, valid) = self.samples.open("image", None, None)?;
         let (Some(count), &[c, h, w]) = (data.classes(), data.dims.as_slice()) else {
             return Err(Usage(format!("{}: has no labels to learn from", self.samples.data.display())).into());

@@ -72,6 +72,8 @@ impl Net {
             weights: Rounding { per_channel: true, bits: how.weight_bits as u8, algorithm: "rtn" },
             include: how.include.clone(),
             exclude: how.exclude.clone(),
+            // What a second term makes up for is learned.
+            fine: Vec::new(),
             ..Settings::default()
         };
         let plan = plan(float, &settings, folded)?;
@@ -329,6 +331,14 @@ impl<'a> Builder<'a> {
                 self.net.steps.push(gelu);
                 continue;
             }
+            if node.is("MatMul")
+                && let Some((add, bias)) = self.biased(node)
+            {
+                let (bias, output) = (bias.to_owned(), self.graph.node(add).out().to_owned());
+                self.skipped.insert(add);
+                self.net.steps.push(Step::Linear { id, bias, output });
+                continue;
+            }
             match node.op_type() {
                 "QuantizeLinear" => self.pair(node)?,
                 "DequantizeLinear" => match self.graph.constant(node.arg(0)) {
@@ -351,6 +361,21 @@ impl<'a> Builder<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The addition of a bias that is all that reads a MatMul with a matrix, and the bias: one value a column.
+    fn biased(&self, node: &NodeProto) -> Option<(usize, &'a str)> {
+        let weight = self.graph.constant(node.arg(1)).or_else(|| {
+            let made = self.graph.node(self.graph.producer(node.arg(1))?);
+            made.is("DequantizeLinear").then(|| self.graph.constant(made.arg(0))).flatten()
+        })?;
+        let &[_, columns] = weight.dims.as_slice() else { return None };
+        let id = self.graph.sole_consumer(node.out()).filter(|&id| self.graph.node(id).is("Add"))?;
+        let add = self.graph.node(id);
+        let bias = if add.arg(0) == node.out() { add.arg(1) } else { add.arg(0) };
+        let dims = &self.graph.constant(bias)?.dims;
+        let fits = dims.last() == Some(&columns) && dims.iter().product::<i64>() == columns && columns > 1;
+        fits.then_some((id, bias))
     }
 
     /// QuantizeLinear, perhaps a Clip of codes, DequantizeLinear.
@@ -387,8 +412,11 @@ impl<'a> Builder<'a> {
     fn initializers(&mut self) -> Result<()> {
         let mut read: HashSet<&str> = HashSet::new();
         for step in &self.net.steps {
-            if let Step::Node { id, .. } | Step::BatchNorm { id, .. } = step {
+            if let Step::Node { id, .. } | Step::BatchNorm { id, .. } | Step::Linear { id, .. } = step {
                 read.extend(self.graph.node(*id).input.iter().map(String::as_str));
+            }
+            if let Step::Linear { bias, .. } = step {
+                read.insert(bias);
             }
         }
         let taken: HashSet<&String> = self.net.norms.iter().flat_map(|n| &n.initializers).collect();
@@ -416,6 +444,11 @@ impl Net {
     fn reads(&self, step: &Step) -> Vec<String> {
         match step {
             Step::Node { id, .. } | Step::BatchNorm { id, .. } => self.model.graph().node[*id].input.clone(),
+            Step::Linear { id, bias, .. } => {
+                let mut read = self.model.graph().node[*id].input.clone();
+                read.push(bias.clone());
+                read
+            }
             Step::Gelu { input, .. } | Step::Quantize { input, .. } => vec![input.clone()],
         }
     }

@@ -272,10 +272,7 @@ fn matmul(c: &Call) -> Result<Value> {
     if b.rank() != 2 || a.rank() < 2 {
         return float(c, a.contiguous().and_then(|a| a.broadcast_matmul(&b.contiguous()?)));
     }
-    let mut dims = a.dims().to_vec();
-    let k = dims.pop().unwrap_or(1);
-    dims.extend(b.dims().last());
-    float(c, a.reshape(((), k)).and_then(|a| a.matmul(b)).and_then(|y| y.reshape(dims)))
+    float(c, ops::linear(a, b, None))
 }
 
 fn reduce_mean(c: &Call) -> Result<Value> {

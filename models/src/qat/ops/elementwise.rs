@@ -1,10 +1,10 @@
 //! Clips and GELU.
 
-use super::{GRAIN, lend, map, map2, parts, parts2, values};
+use super::{GRAIN, Lanewise, Map, Map2, lend, parts, parts2, values};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
 use nibble_kernels::ops::math;
-use nibble_kernels::simd::{Simd, SimdOp, dispatch};
+use nibble_kernels::simd::{Simd, dispatch};
 
 /// Values within `lo..=hi`; the gradient is 0 at and past the ends (Relu: `lo` 0, `hi` infinite).
 pub fn clamp(x: &Tensor, lo: f32, hi: f32) -> Result<Tensor> {
@@ -16,6 +16,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Gelu)
 }
 
+#[derive(Clone, Copy)]
 struct Clamp {
     lo: f32,
     hi: f32,
@@ -28,63 +29,46 @@ impl CustomOp1 for Clamp {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(self.name(), storage, layout)?;
-        let mut out = vec![0f32; x.len()];
-        let (lo, hi, isa) = (self.lo, self.hi, Isa::best());
-        parts(x, &mut out, GRAIN, |x, out| dispatch(isa, Clip { x, out, lo, hi }));
+        let (isa, Clamp { lo, hi }) = (Isa::best(), *self);
+        let (out, _) = parts(x, GRAIN, |x, out| dispatch(isa, Map { x, out, f: Clip { lo, hi } }));
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, arg: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (lo, hi, isa) = (self.lo, self.hi, Isa::best());
-        two(arg, grad, |x, grad, out| dispatch(isa, ClipBack { x, grad, out, lo, hi }))
+        let (isa, Clamp { lo, hi }) = (Isa::best(), *self);
+        two(arg, grad, |x, y, out| dispatch(isa, Map2 { x, y, out, f: ClipBack { lo, hi } }))
     }
 }
 
 /// A gradient from an operand's values and the gradient of the result.
 fn two(arg: &Tensor, grad: &Tensor, f: impl Fn(&[f32], &[f32], &mut [f32]) + Sync) -> Result<Option<Tensor>> {
-    let out = lend(arg, |x| {
-        lend(grad, |g| {
-            let mut out = vec![0f32; x.len()];
-            parts2(x, g, &mut out, GRAIN, &f);
-            Ok(out)
-        })
-    })?;
+    let out = lend(arg, |x| lend(grad, |grad| Ok(parts2(x, grad, GRAIN, &f).0)))?;
     Ok(Some(Tensor::from_vec(out, arg.shape(), arg.device())?))
 }
 
-struct Clip<'a> {
-    x: &'a [f32],
-    out: &'a mut [f32],
+struct Clip {
     lo: f32,
     hi: f32,
 }
 
-impl SimdOp for Clip<'_> {
-    type Output = ();
-
+impl Lanewise<1> for Clip {
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let (lo, hi) = (s.splat(self.lo), s.splat(self.hi));
+    fn at<S: Simd>(&self, s: S, [x]: [S::F32; 1]) -> S::F32 {
         // The operand that may be NaN comes second, so that it stays.
-        map(s, self.x, self.out, |x| s.max(lo, s.min(hi, x)));
+        s.max(s.splat(self.lo), s.min(s.splat(self.hi), x))
     }
 }
 
-struct ClipBack<'a> {
-    x: &'a [f32],
-    grad: &'a [f32],
-    out: &'a mut [f32],
+struct ClipBack {
     lo: f32,
     hi: f32,
 }
 
-impl SimdOp for ClipBack<'_> {
-    type Output = ();
-
+impl Lanewise<2> for ClipBack {
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let (lo, hi, zero) = (s.splat(self.lo), s.splat(self.hi), s.splat(0.0));
-        map2(s, self.x, self.grad, self.out, |x, grad| s.select(s.lt(lo, x), s.select(s.lt(x, hi), grad, zero), zero));
+    fn at<S: Simd>(&self, s: S, [x, grad]: [S::F32; 2]) -> S::F32 {
+        let zero = s.splat(0.0);
+        s.select(s.lt(s.splat(self.lo), x), s.select(s.lt(x, s.splat(self.hi)), grad, zero), zero)
     }
 }
 
@@ -97,50 +81,36 @@ impl CustomOp1 for Gelu {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(self.name(), storage, layout)?;
-        let mut out = vec![0f32; x.len()];
         let isa = Isa::best();
-        parts(x, &mut out, GRAIN, |x, out| dispatch(isa, GeluRun { x, out }));
+        let (out, _) = parts(x, GRAIN, |x, out| dispatch(isa, Map { x, out, f: GeluRun }));
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, arg: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let isa = Isa::best();
-        two(arg, grad, |x, grad, out| dispatch(isa, GeluBack { x, grad, out }))
+        two(arg, grad, |x, y, out| dispatch(isa, Map2 { x, y, out, f: GeluBack }))
     }
 }
 
-struct GeluRun<'a> {
-    x: &'a [f32],
-    out: &'a mut [f32],
-}
+struct GeluRun;
 
-impl SimdOp for GeluRun<'_> {
-    type Output = ();
-
+impl Lanewise<1> for GeluRun {
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        map(s, self.x, self.out, |x| math::gelu(s, x));
+    fn at<S: Simd>(&self, s: S, [x]: [S::F32; 1]) -> S::F32 {
+        math::gelu(s, x)
     }
 }
 
-struct GeluBack<'a> {
-    x: &'a [f32],
-    grad: &'a [f32],
-    out: &'a mut [f32],
-}
+struct GeluBack;
 
-impl SimdOp for GeluBack<'_> {
-    type Output = ();
-
+impl Lanewise<2> for GeluBack {
     /// `Phi(x) + x phi(x)`; Phi is the value over x, or its first two terms near 0.
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
+    fn at<S: Simd>(&self, s: S, [x, grad]: [S::F32; 2]) -> S::F32 {
         let density = s.splat(0.398_942_3);
-        map2(s, self.x, self.grad, self.out, |x, grad| {
-            let near = s.fma(x, density, s.splat(0.5));
-            let phi = s.select(s.lt(s.abs(x), s.splat(1e-3)), near, s.div(math::gelu(s, x), x));
-            let bell = s.mul(density, math::exp(s, s.mul(s.mul(x, x), s.splat(-0.5))));
-            s.mul(s.fma(x, bell, phi), grad)
-        });
+        let near = s.fma(x, density, s.splat(0.5));
+        let phi = s.select(s.lt(s.abs(x), s.splat(1e-3)), near, s.div(math::gelu(s, x), x));
+        let bell = s.mul(density, math::exp(s, s.mul(s.mul(x, x), s.splat(-0.5))));
+        s.mul(s.fma(x, bell, phi), grad)
     }
 }

@@ -9,7 +9,7 @@
 //! PyTorch has it: the largest weight of a channel, whose quotient may come out a bit above the last code, keeps its
 //! gradient. With a learned scale it means that `v` itself is, as in the paper.
 
-use super::{GRAIN, lend, map, map2, parts, parts2, values};
+use super::{GRAIN, Lanewise, Map, Map2, lend, parts, parts2, values};
 use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{LANES, Simd, SimdOp, dispatch};
@@ -73,23 +73,24 @@ impl CustomOp2 for FakeQuantize {
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, scales) = (values(self.name(), s1, l1)?, values(self.name(), s2, l2)?);
         let (low, high) = self.ends();
-        let mut out = vec![0f32; x.len()];
         let isa = Isa::best();
+        if let (Axis::Tensor, [scale]) = (self.axis, scales) {
+            let f = |x: &[f32], out: &mut [f32]| dispatch(isa, Map { x, out, f: Run { scale: *scale, low, high } });
+            return Ok((CpuStorage::F32(parts(x, GRAIN, f).0), l1.shape().clone()));
+        }
+        let mut out = vec![0f32; x.len()];
         match (self.axis, scales) {
-            (Axis::Tensor, [scale]) => {
-                parts(x, &mut out, GRAIN, |x, out| dispatch(isa, Run { x, out, scale: *scale, low, high }));
-            }
             (Axis::First, _) => {
                 let row = x.len() / scales.len().max(1);
                 let rows = x.chunks(row.max(1)).zip(out.chunks_mut(row.max(1)));
                 for ((x, out), &scale) in rows.zip(scales) {
-                    dispatch(isa, Run { x, out, scale, low, high });
+                    dispatch(isa, Map { x, out, f: Run { scale, low, high } });
                 }
             }
             _ => {
                 let n = scales.len().max(1);
                 for (x, out) in x.chunks(n).zip(out.chunks_mut(n)) {
-                    dispatch(isa, Columns { x, out, scales, low, high });
+                    dispatch(isa, Map2 { x, y: scales, out, f: Columns { low, high } });
                 }
             }
         }
@@ -114,16 +115,16 @@ impl FakeQuantize {
     fn backward(&self, x: &[f32], scales: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f64>) {
         let (low, high) = self.ends();
         let (slack, learn) = (self.slack(), self.learn.is_some());
-        let mut out = vec![0f32; x.len()];
         let isa = Isa::best();
         let run = |x: &[f32], grad: &[f32], out: &mut [f32], scale: f32| {
             f64::from(dispatch(isa, RunBack { x, grad, out, scale, low, high, slack, learn }))
         };
+        if let (Axis::Tensor, [scale]) = (self.axis, scales) {
+            let (out, sums) = parts2(x, grad, GRAIN, |x, grad, out| run(x, grad, out, *scale));
+            return (out, vec![sums.into_iter().sum()]);
+        }
+        let mut out = vec![0f32; x.len()];
         let sums = match (self.axis, scales) {
-            (Axis::Tensor, [scale]) => {
-                let sums = parts2(x, grad, &mut out, GRAIN, |x, grad, out| run(x, grad, out, *scale));
-                vec![sums.into_iter().sum()]
-            }
             (Axis::First, _) => {
                 let row = (x.len() / scales.len().max(1)).max(1);
                 let rows = x.chunks(row).zip(grad.chunks(row)).zip(out.chunks_mut(row));
@@ -149,39 +150,31 @@ fn steps<S: Simd>(s: S, v: S::F32, low: S::F32, high: S::F32) -> S::F32 {
     s.to_f32(s.to_i32(s.max(s.min(v, high), low)))
 }
 
-struct Run<'a> {
-    x: &'a [f32],
-    out: &'a mut [f32],
+/// The value of the grid that is nearest to x.
+struct Run {
     scale: f32,
     low: f32,
     high: f32,
 }
 
-impl SimdOp for Run<'_> {
-    type Output = ();
-
+impl Lanewise<1> for Run {
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let (scale, low, high) = (s.splat(self.scale), s.splat(self.low), s.splat(self.high));
-        map(s, self.x, self.out, |x| s.mul(steps(s, s.div(x, scale), low, high), scale));
+    fn at<S: Simd>(&self, s: S, [x]: [S::F32; 1]) -> S::F32 {
+        let scale = s.splat(self.scale);
+        s.mul(steps(s, s.div(x, scale), s.splat(self.low), s.splat(self.high)), scale)
     }
 }
 
-struct Columns<'a> {
-    x: &'a [f32],
-    out: &'a mut [f32],
-    scales: &'a [f32],
+/// The same with a scale a column.
+struct Columns {
     low: f32,
     high: f32,
 }
 
-impl SimdOp for Columns<'_> {
-    type Output = ();
-
+impl Lanewise<2> for Columns {
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let (low, high) = (s.splat(self.low), s.splat(self.high));
-        map2(s, self.x, self.scales, self.out, |x, scale| s.mul(steps(s, s.div(x, scale), low, high), scale));
+    fn at<S: Simd>(&self, s: S, [x, scale]: [S::F32; 2]) -> S::F32 {
+        s.mul(steps(s, s.div(x, scale), s.splat(self.low), s.splat(self.high)), scale)
     }
 }
 
@@ -215,14 +208,14 @@ impl SimdOp for RunBack<'_> {
         let ends = [self.low, self.high, self.low - self.slack, self.high + self.slack];
         let ends = [s.splat(ends[0]), s.splat(ends[1]), s.splat(ends[2]), s.splat(ends[3])];
         let mut sum = s.splat(0.0);
-        match self.learn {
+        let vectors = self.x.chunks(LANES).zip(self.grad.chunks(LANES)).zip(self.out.chunks_mut(LANES));
+        for ((x, grad), out) in vectors {
             // Lanes past the end have gradient 0.
-            true => map2(s, self.x, self.grad, self.out, |x, grad| {
-                let [passed, slope] = back(s, s.div(x, scale), grad, ends);
+            let [passed, slope] = back(s, s.div(s.load_partial(x), scale), s.load_partial(grad), ends);
+            s.store_partial(passed, out);
+            if self.learn {
                 sum = s.add(sum, slope);
-                passed
-            }),
-            false => map2(s, self.x, self.grad, self.out, |x, grad| back(s, s.div(x, scale), grad, ends)[0]),
+            }
         }
         s.sum(sum)
     }

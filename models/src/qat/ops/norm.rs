@@ -6,7 +6,7 @@
 //! ```
 
 use super::rows::Sum;
-use super::{grain_of_rows, lend, parts2, values};
+use super::{grain_of_rows, lend, parts, parts2, values};
 use candle_core::{CpuStorage, CustomOp3, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{LANES, Simd, SimdOp, dispatch};
@@ -45,9 +45,8 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, gain, offset) =
             (values(self.name(), s1, l1)?, values(self.name(), s2, l2)?, values(self.name(), s3, l3)?);
-        let mut out = vec![0f32; x.len()];
         let isa = Isa::best();
-        super::parts(x, &mut out, grain_of_rows(self.d), |x, out| {
+        let (out, _) = parts(x, grain_of_rows(self.d), |x, out| {
             dispatch(isa, Rows { x, out, gain, offset, epsilon: self.epsilon });
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
@@ -65,8 +64,7 @@ impl CustomOp3 for LayerNorm {
         let (out, sums) = lend(x, |x| {
             lend(gain, |gain| {
                 lend(grad, |grad| {
-                    let mut out = vec![0f32; x.len()];
-                    let partial = parts2(x, grad, &mut out, grain_of_rows(self.d), |x, grad, out| {
+                    let (out, partial) = parts2(x, grad, grain_of_rows(self.d), |x, grad, out| {
                         let (mut gains, mut offsets) = (vec![0f32; self.d], vec![0f32; self.d]);
                         let sums = (&mut gains[..], &mut offsets[..]);
                         dispatch(isa, RowsBack { x, grad, out, gain, sums, epsilon: self.epsilon });

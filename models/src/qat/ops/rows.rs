@@ -1,6 +1,6 @@
 //! Sums with a vector that repeats: biases and tables of positions.
 
-use super::{grain_of_rows, lend, map2, parts, values};
+use super::{Lanewise, Map2, grain_of_rows, lend, parts, values};
 use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{LANES, Simd, SimdOp, dispatch};
@@ -37,26 +37,49 @@ impl CustomOp2 for AddRows {
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, y) = (values(self.name(), s1, l1)?, values(self.name(), s2, l2)?);
-        let mut out = vec![0f32; x.len()];
         let isa = Isa::best();
-        parts(x, &mut out, grain_of_rows(y.len()), |x, out| dispatch(isa, Add { x, y, out }));
+        let (out, _) = parts(x, grain_of_rows(y.len()), |x, out| dispatch(isa, Add { x, y, out }));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, y: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let sums = lend(grad, |grad| {
-            let mut sums = vec![0f32; y.elem_count()];
-            dispatch(Isa::best(), SumRows { grad, sums: &mut sums });
-            Ok(sums)
-        })?;
-        Ok((Some(grad.clone()), Some(Tensor::from_vec(sums, y.shape(), y.device())?)))
+        Ok((Some(grad.clone()), Some(sum_rows(grad, y)?)))
     }
+}
+
+/// Sums of rows that are as long as `like`, in its shape.
+pub(super) fn sum_rows(grad: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let sums = lend(grad, |grad| {
+        let mut sums = vec![0f32; like.elem_count()];
+        dispatch(Isa::best(), SumRows { grad, sums: &mut sums });
+        Ok(sums)
+    })?;
+    Tensor::from_vec(sums, like.shape(), like.device())
 }
 
 struct Add<'a> {
     x: &'a [f32],
     y: &'a [f32],
     out: &'a mut [f32],
+}
+
+/// `rows += y`, in place.
+pub(super) struct AddTo<'a> {
+    pub(super) rows: &'a mut [f32],
+    pub(super) y: &'a [f32],
+}
+
+impl SimdOp for AddTo<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        for row in self.rows.chunks_mut(self.y.len().max(1)) {
+            for (row, y) in row.chunks_mut(LANES).zip(self.y.chunks(LANES)) {
+                s.store_partial(s.add(s.load_partial(row), s.load_partial(y)), row);
+            }
+        }
+    }
 }
 
 impl SimdOp for Add<'_> {
@@ -66,8 +89,17 @@ impl SimdOp for Add<'_> {
     fn eval<S: Simd>(self, s: S) {
         let n = self.y.len();
         for (x, out) in self.x.chunks(n).zip(self.out.chunks_mut(n)) {
-            map2(s, x, self.y, out, |x, y| s.add(x, y));
+            Map2 { x, y: self.y, out, f: Plus }.eval(s);
         }
+    }
+}
+
+struct Plus;
+
+impl Lanewise<2> for Plus {
+    #[inline(always)]
+    fn at<S: Simd>(&self, s: S, [x, y]: [S::F32; 2]) -> S::F32 {
+        s.add(x, y)
     }
 }
 

@@ -21,22 +21,16 @@ impl CustomOp1 for Softmax {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(self.name(), storage, layout)?;
         let d = layout.dims().last().copied().unwrap_or(1);
-        let mut out = vec![0f32; x.len()];
         let isa = Isa::best();
-        parts(x, &mut out, grain_of_rows(d), |x, out| dispatch(isa, Forward { x, out, d }));
+        let (out, _) = parts(x, grain_of_rows(d), |x, out| dispatch(isa, Forward { x, out, d }));
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, arg: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let d = arg.dims().last().copied().unwrap_or(1);
         let isa = Isa::best();
-        let out = lend(res, |y| {
-            lend(grad, |grad| {
-                let mut out = vec![0f32; y.len()];
-                parts2(y, grad, &mut out, grain_of_rows(d), |y, grad, out| dispatch(isa, Backward { y, grad, out, d }));
-                Ok(out)
-            })
-        })?;
+        let run = |y: &[f32], grad: &[f32], out: &mut [f32]| dispatch(isa, Backward { y, grad, out, d });
+        let out = lend(res, |y| lend(grad, |grad| Ok(parts2(y, grad, grain_of_rows(d), run).0)))?;
         Ok(Some(Tensor::from_vec(out, arg.shape(), arg.device())?))
     }
 }
