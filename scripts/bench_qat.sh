@@ -23,12 +23,24 @@ DATA=(--data "$WORK/train.npz" --valid "$WORK/valid.npz" --force --json)
 export RAYON_NUM_THREADS=1
 QAT_EPOCHS="${QAT_EPOCHS:-20}"
 
+# make NAME WORD...: nibble vision WORD..., whose answer becomes NAME.json; not again if the same program was given the same
+# words before.
+make() {
+    local name="$1" words
+    shift
+    words="$(cksum <"$NIBBLE") $*"
+    [ "$words" = "$(cat "$name.words" 2>/dev/null)" ] && [ -s "$name.json" ] && return 0
+    rm -f "$name.words"
+    "$NIBBLE" vision "$@" "${DATA[@]}" --threads 1 -o "$name.onnx" >"$name.json"
+    printf '%s' "$words" >"$name.words"
+}
+
 # run LABEL OPTION...: one quantized model.
 run() {
     local label="$1" name
     shift
-    name="$WORK/$arch-$(printf '%s' "$label" | tr -cs 'A-Za-z0-9\n' -)"
-    "$NIBBLE" vision qat "$WORK/$arch.onnx" "${DATA[@]}" --threads 1 -o "$name.onnx" "$@" >"$name.json"
+    name="$WORK/$arch-$(printf '%s' "$*" | tr -cs 'A-Za-z0-9\n' -)"
+    make "$name" qat "$WORK/$arch.onnx" "$@"
     RUNS+=("$label=$name.onnx=$name.json")
 }
 
@@ -48,7 +60,7 @@ runs() {
 digits() {
     local arch="$1"
     say "$arch"
-    "$NIBBLE" vision train --arch "$arch" "${DATA[@]}" --threads 1 --epochs "${EPOCHS:-40}" --shift 2 -o "$WORK/$arch.onnx" >"$WORK/$arch.json"
+    make "$WORK/$arch" train --arch "$arch" --epochs "${EPOCHS:-40}" --shift 2
     RUNS=("float=$WORK/$arch.onnx=$WORK/$arch.json")
     runs
     printf '\n%s:\n\n' "$arch"
