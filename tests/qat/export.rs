@@ -1,6 +1,6 @@
 //! What is exported computes what was trained: in the embedded engine and in onnxruntime.
 
-use super::training::{quantized, settings};
+use super::training::{quantized, quantized_with, settings};
 use super::{difference, flat, quarters};
 use crate::vision::onnxruntime;
 use candle_core::{D, Tensor};
@@ -9,7 +9,7 @@ use nibble_models::qat::arch::{ARCHITECTURES, build};
 use nibble_models::qat::dataset::{Augment, Dataset};
 use nibble_models::qat::net::Net;
 use nibble_models::qat::quantizer::Mode;
-use nibble_models::qat::train::train;
+use nibble_models::qat::train::{TrainSettings, train};
 use nibble_quant::onnx::{External, Model};
 use std::sync::atomic::AtomicBool;
 
@@ -53,14 +53,14 @@ fn integers_decide_as_the_network_in_training_did() {
     let (data, place) = (quarters(96, 2), tempfile::tempdir().unwrap());
     for architecture in ARCHITECTURES {
         let float = trained(&build(architecture.name, [1, 8, 8], 4, 3).unwrap(), &quarters(64, 1), 3);
-        for (bits, learn) in [(8, false), (4, true), (3, false)] {
-            let mut net = quantized(&float, &quarters(64, 1), bits, learn);
+        for (bits, learn, normalizing) in [(8, false, 0), (4, true, 0), (3, false, 0), (8, false, 1), (4, true, 2)] {
+            let mut net = quantized_with(&float, &quarters(64, 1), bits, learn, normalizing > 0);
             let stop = AtomicBool::new(false);
-            let how = settings(1);
+            let how = TrainSettings { normalizing, ..settings(2) };
             train(&mut net, None, (&quarters(64, 1), None), &how, &stop, &mut |_, _| (), &mut |_| ()).unwrap();
             let ours = net.forward(&all(&data), Mode::Evaluate).unwrap();
             let exported = net.export().unwrap();
-            let name = format!("{} with {bits} bits", architecture.name);
+            let name = format!("{} with {bits} bits, {normalizing} epochs of batch norms", architecture.name);
             // The embedded engine has no Clip over integers, which limits codes of fewer bits.
             let same = |other: &Tensor| classes(&ours).iter().zip(classes(other)).filter(|(a, b)| **a == *b).count();
             let output = [exported.graph().output[0].name().to_owned()];
@@ -94,6 +94,23 @@ fn eight_bits_are_near_the_float_model() {
         let rounded = quantized(&float, &data, 8, true).forward(&all(&data), Mode::Evaluate).unwrap();
         assert!(difference(&rounded, &exact) < 0.1, "{}: {}", architecture.name, difference(&rounded, &exact));
     }
+}
+
+/// Batch norms that are made anew change nothing until something is learned, and then go by the batch.
+#[test]
+fn new_batch_norms_are_the_identity() {
+    let data = quarters(64, 1);
+    let float = trained(&build("cnn", [1, 8, 8], 4, 3).unwrap(), &data, 3);
+    let [mut without, mut with] = [false, true].map(|norms| quantized_with(&float, &data, 8, false, norms));
+    let [a, b] = [&mut without, &mut with].map(|net| net.forward(&all(&data), Mode::Evaluate).unwrap());
+    assert!(difference(&b, &a) < 0.01, "{}", difference(&b, &a));
+    with.normalize(true);
+    // The batch is what was observed, so its statistics are the running ones but for rounding.
+    let batch = with.forward(&all(&data), Mode::Train).unwrap();
+    assert!(difference(&batch, &a) < 0.05, "{}", difference(&batch, &a));
+    let few = with.forward(&all(&data).narrow(0, 0, 8).unwrap(), Mode::Train).unwrap();
+    let whole = a.narrow(0, 0, 8).unwrap();
+    assert!(difference(&few, &whole) > 0.05, "not the batch's own: {}", difference(&few, &whole));
 }
 
 /// What is read back from an exported file is what was written: a quantized model can be looked at as a network too.

@@ -23,6 +23,7 @@ pub fn settings(epochs: usize) -> TrainSettings {
         distill: None,
         patience: None,
         following: 1,
+        normalizing: 0,
         checkpoint: None,
         resume: false,
         stop_after: None,
@@ -40,6 +41,11 @@ fn learned(net: &Net) -> Vec<f32> {
 
 /// The quantized network of a float model.
 pub fn quantized(float: &Model, data: &Dataset, bits: u32, learn: bool) -> Net {
+    quantized_with(float, data, bits, learn, false)
+}
+
+/// The same, with batch norms after its convolutions in training or without.
+pub fn quantized_with(float: &Model, data: &Dataset, bits: u32, learn: bool, batch_norms: bool) -> Net {
     let mut model = float.clone();
     let folded = fold_model(&mut model, 1).unwrap();
     let how = QatSettings {
@@ -48,6 +54,7 @@ pub fn quantized(float: &Model, data: &Dataset, bits: u32, learn: bool) -> Net {
         learn,
         histogram: true,
         algorithm: "search",
+        batch_norms,
         exclude: vec![],
         include: vec![],
     };
@@ -81,17 +88,19 @@ fn going_on_from_a_checkpoint_is_not_stopping() {
     let data = quarters(48, 1);
     let place = tempfile::tempdir().unwrap();
     let float = build("cnn", [1, 8, 8], 4, 3).unwrap();
-    for learn in [false, true] {
+    for (learn, norms) in [(false, false), (true, false), (true, true)] {
         let file = place.path().join(format!("{learn}.safetensors"));
-        let how = TrainSettings { patience: Some(9), augment: Augment { shift: 1 }, ..settings(3) };
-        let mut whole = quantized(&float, &data, 4, learn);
+        let augment = Augment { shift: 1 };
+        let how = TrainSettings { patience: Some(9), augment, normalizing: 2 * usize::from(norms), ..settings(3) };
+        let quantized = || quantized_with(&float, &data, 4, learn, norms);
+        let mut whole = quantized();
         let wanted = run(&mut whole, None, &data, &how);
         let how = TrainSettings { checkpoint: Some(file.clone()), resume: true, ..how };
-        let mut first = quantized(&float, &data, 4, learn);
+        let mut first = quantized();
         run(&mut first, None, &data, &TrainSettings { stop_after: Some(1), ..how.clone() });
-        let mut second = quantized(&float, &data, 4, learn);
+        let mut second = quantized();
         let found = run(&mut second, None, &data, &how);
-        assert_eq!(learned(&whole), learned(&second), "scales learned: {learn}");
+        assert_eq!(learned(&whole), learned(&second), "scales learned: {learn}, batch norms: {norms}");
         assert_eq!(whole.export().unwrap().proto, second.export().unwrap().proto);
         let losses = |epochs: &[Epoch]| epochs.iter().map(|e| e.loss).collect::<Vec<_>>();
         assert_eq!(losses(&found), losses(&wanted));

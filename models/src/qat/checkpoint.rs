@@ -65,11 +65,23 @@ fn damaged(path: &Path, why: impl ToString) -> ModelError {
 
 /// What two trainings must have in common for one to go on with the other's state.
 pub fn fingerprint(settings: &TrainSettings, data: &Dataset) -> String {
-    let TrainSettings { epochs, batch, rate, warmup, method, seed, augment, distill, patience, following, .. } =
-        settings;
+    let TrainSettings {
+        epochs,
+        batch,
+        rate,
+        warmup,
+        method,
+        seed,
+        augment,
+        distill,
+        patience,
+        following,
+        normalizing,
+        ..
+    } = settings;
     let samples = (data.len(), &data.dims);
     format!(
-        "{epochs} {batch} {rate} {warmup} {method:?} {seed} {augment:?} {distill:?} {patience:?} {following} {samples:?}"
+        "{epochs} {batch} {rate} {warmup} {method:?} {seed} {augment:?} {distill:?} {patience:?} {following} {normalizing} {samples:?}"
     )
 }
 

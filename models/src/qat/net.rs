@@ -11,6 +11,7 @@
 mod build;
 mod export;
 mod operators;
+mod renorm;
 mod value;
 
 pub use build::QatSettings;
@@ -24,6 +25,7 @@ use candle_core::{Tensor, Var};
 use nibble_quant::observer::Choice;
 use nibble_quant::onnx::Model;
 use nibble_quant::onnx::proto::NodeProto;
+use renorm::Renorm;
 use std::collections::{BTreeMap, HashMap};
 
 /// Share of a batch's statistics in the running ones of a batch norm.
@@ -33,6 +35,8 @@ const MOMENTUM: f32 = 0.1;
 enum Step {
     /// A node, by position in the model's graph.
     Node { id: usize, operator: &'static Operator },
+    /// A Conv, by position, with a batch norm in training.
+    Conv { id: usize, renorm: usize },
     /// A MatMul, by position, whose product nothing but the addition of a bias reads.
     Linear { id: usize, bias: String, output: String },
     /// GELU written out: its input, its output.
@@ -63,6 +67,9 @@ pub struct Net {
     weights: Vec<WeightQuantizer>,
     biases: Vec<BiasQuantizer>,
     norms: Vec<NormState>,
+    renorms: Vec<Renorm>,
+    /// Whether [`Renorm`]s go by the statistics of the batch.
+    normalizes: bool,
     input: String,
     output: String,
 }
@@ -107,11 +114,20 @@ impl Net {
         self.activations.iter_mut().for_each(|a| a.follows = follows && !a.learn);
     }
 
+    /// Lets batch norms in training go by the statistics of their batches, or freezes them.
+    pub fn normalize(&mut self, normalizes: bool) {
+        self.normalizes = normalizes;
+    }
+
     /// Reads ranges off what was seen in [`Mode::Observe`].
     ///
     /// # Errors
     /// Nothing was seen of a tensor, or values that aren't finite.
     pub fn conclude(&mut self, observer: Choice) -> Result<()> {
+        for renorm in &mut self.renorms {
+            let at = |e: candle_core::Error| ModelError::Graph { what: "batch norms".into(), why: e.to_string() };
+            renorm.conclude(&mut self.norms[renorm.norm]).map_err(at)?;
+        }
         self.activations.iter_mut().filter(|a| !a.fixed).try_for_each(|a| a.conclude(observer))
     }
 
@@ -171,22 +187,44 @@ impl Net {
         let missing = |name: &str| ModelError::Graph { what: name.into(), why: "isn't a parameter".into() };
         let parameters = &self.parameters;
         let of = |name: &str| parameters.get(name).map(Var::as_tensor).ok_or_else(|| missing(name));
-        for weight in &mut self.weights {
-            let float = of(&weight.parameter)?;
-            let bias = match &weight.bias {
+        let folded = self.folded()?;
+        let norm_of = |weight: usize| self.renorms.iter().position(|renorm| renorm.weight == weight);
+        for (at, weight) in self.weights.iter_mut().enumerate() {
+            let mut float = of(&weight.parameter)?;
+            let mut bias = match &weight.bias {
                 Some((bias, input)) => Some((of(bias)?, self.activations[*input].params()?.scale)),
                 None => None,
             };
+            if let Some(norm) = norm_of(at) {
+                let [of_weight, of_bias] = &folded[norm];
+                float = of_weight;
+                bias = bias.map(|(_, scale)| (of_bias, scale));
+            }
             weight.settle(float, bias)?;
             values.insert(weight.output.clone(), weight.pass(float, mode)?.into());
         }
-        for bias in &self.biases {
+        for (at, bias) in self.biases.iter().enumerate() {
             let [input, weight] = bias.layer;
-            let float = of(&bias.parameter)?;
+            let float = match self.renorms.iter().position(|renorm| renorm.bias == at) {
+                Some(norm) => &folded[norm][1],
+                None => of(&bias.parameter)?,
+            };
             let quantized = bias.pass(float, &self.activations[input], &self.weights[weight], mode)?;
             values.insert(bias.output.clone(), quantized.into());
         }
         Ok(())
+    }
+
+    /// Weights and biases with the norms that follow them folded in, one pair a norm.
+    fn folded(&self) -> Result<Vec<[Tensor; 2]>> {
+        let fold = |renorm: &Renorm| {
+            let name = &self.weights[renorm.weight].parameter;
+            let missing = || ModelError::Graph { what: name.clone(), why: "isn't a parameter".into() };
+            let weight = self.parameters.get(name).ok_or_else(missing)?;
+            let folded = renorm.fold(weight.as_tensor(), &self.norms[renorm.norm].running);
+            folded.map_err(|e| ModelError::Graph { what: name.clone(), why: e.to_string() })
+        };
+        self.renorms.iter().map(fold).collect()
     }
 
     fn step(&mut self, at: usize, values: &HashMap<String, Value>, mode: Mode) -> Result<(String, Value)> {
@@ -204,6 +242,21 @@ impl Net {
             Step::Node { id, operator } => {
                 let call = call(*id);
                 Ok((call.node.out().to_owned(), (operator.run)(&call)?))
+            }
+            Step::Conv { id, renorm } => {
+                let call = call(*id);
+                let normalizes = self.normalizes && mode == Mode::Train;
+                let y = operators::convolve(&call, if normalizes { None } else { call.optional(2)? })?;
+                let renorm = &mut self.renorms[*renorm];
+                let y = match mode {
+                    _ if normalizes => call.of(renorm.normalize(&y, &mut self.norms[renorm.norm]))?,
+                    Mode::Observe => {
+                        call.of(renorm.observe(&y))?;
+                        y
+                    }
+                    _ => y,
+                };
+                Ok((call.node.out().to_owned(), y.into()))
             }
             Step::Linear { id, bias, output } => {
                 let call = call(*id);

@@ -46,6 +46,8 @@ pub struct TrainSettings {
     pub patience: Option<usize>,
     /// Epochs in which ranges of activations follow what they see.
     pub following: usize,
+    /// Epochs in which batch norms go by the statistics of their batches, if the network has any that are folded later.
+    pub normalizing: usize,
     /// Where to write the state after each epoch.
     pub checkpoint: Option<PathBuf>,
     /// Go on from there.
@@ -218,6 +220,7 @@ pub fn train(
             break;
         }
         net.follow(at < settings.following);
+        net.normalize(at < settings.normalizing);
         let mut order: Vec<usize> = (0..data.len()).collect();
         order.shuffle(&mut StdRng::seed_from_u64(mix(settings.seed, at as u64)));
         let started = Instant::now();
@@ -273,6 +276,7 @@ pub fn train(
         checkpoint::restore(net, best)?;
     }
     net.follow(false);
+    net.normalize(false);
     Ok(progress.epochs)
 }
 

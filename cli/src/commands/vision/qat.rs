@@ -56,6 +56,10 @@ pub struct Qat {
     /// Ranges of activations follow what is seen for so many epochs, and are frozen then; learned scales don't
     #[arg(long, value_name = "EPOCHS", default_value_t = 2)]
     following: usize,
+    /// Convolutions are followed by batch norms for so many epochs; these are frozen then, and are in the weights of the
+    /// file that is written
+    #[arg(long, value_name = "EPOCHS", default_value_t = 0)]
+    batch_norm: usize,
     /// What finds the scales of weights that learned ones start from: rtn, clip or search
     #[arg(long, value_name = "NAME", default_value = "search")]
     algorithm: String,
@@ -93,6 +97,7 @@ impl Run for Qat {
         let mut settings = self.training.settings(5e-4, data.len())?;
         settings.distill = distill(self.distill, self.temperature)?;
         settings.following = self.following;
+        settings.normalizing = self.batch_norm;
         if data.labels.is_none() && settings.epochs > 0 && settings.distill.is_none_or(|d| d.share < 1.0) {
             return Err(Usage("samples without labels need --distill 1".into()).into());
         }
@@ -102,6 +107,7 @@ impl Run for Qat {
             learn: self.lsq,
             histogram: choice.observer.histogram,
             algorithm: nibble_quant::algo::algorithm(&self.algorithm)?.name,
+            batch_norms: self.batch_norm > 0,
             exclude: self.exclude.clone(),
             include: self.include.clone(),
         };

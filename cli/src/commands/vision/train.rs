@@ -144,6 +144,7 @@ impl Training {
             distill: None,
             patience: self.patience,
             following: 0,
+            normalizing: 0,
             checkpoint: self.checkpoint.clone(),
             resume: self.resume,
             stop_after: None,

@@ -1,5 +1,6 @@
 //! From a model to a network: which initializers are parameters, and what becomes of each node.
 
+use super::renorm::Renorm;
 use super::{Net, NormState, Step, Value, operators};
 use crate::graph::inputs;
 use crate::qat::ops::{Axis, BatchStatistics};
@@ -29,6 +30,8 @@ pub struct QatSettings {
     pub histogram: bool,
     /// What weights' scales start from, if they are learned: a name in [`nibble_quant::algo::ALGORITHMS`].
     pub algorithm: &'static str,
+    /// Convolutions are followed by batch norms in training, which are folded into them at the end.
+    pub batch_norms: bool,
     /// Nodes that stay float.
     pub exclude: Vec<Selector>,
     /// If there are any, only these are quantized.
@@ -123,6 +126,8 @@ fn build(model: &Model, quantized: Option<(&Model, &QatSettings)>) -> Result<Net
         weights: Vec::new(),
         biases: Vec::new(),
         norms: Vec::new(),
+        renorms: Vec::new(),
+        normalizes: false,
         input: input.name.clone(),
         output,
     };
@@ -339,6 +344,10 @@ impl<'a> Builder<'a> {
                 self.net.steps.push(Step::Linear { id, bias, output });
                 continue;
             }
+            if let Some(renorm) = self.renorm(node)? {
+                self.net.steps.push(Step::Conv { id, renorm });
+                continue;
+            }
             match node.op_type() {
                 "QuantizeLinear" => self.pair(node)?,
                 "DequantizeLinear" => match self.graph.constant(node.arg(0)) {
@@ -361,6 +370,27 @@ impl<'a> Builder<'a> {
             }
         }
         Ok(())
+    }
+
+    /// A batch norm for a convolution whose weight and bias are integers, if such ones are wanted.
+    fn renorm(&mut self, node: &NodeProto) -> Result<Option<usize>> {
+        if !node.is("Conv") || !self.quantized.is_some_and(|(_, how)| how.batch_norms) {
+            return Ok(None);
+        }
+        let weight = self.net.weights.iter().position(|w| w.output == node.arg(1) && w.axis != Axis::Last);
+        let bias = self.net.biases.iter().position(|b| b.output == node.arg(2));
+        let (Some(weight), Some(bias)) = (weight, bias) else { return Ok(None) };
+        let at = |e: candle_core::Error| refuse(&label(node), e);
+        let Some(offset) = self.net.parameters.get(&self.net.biases[bias].parameter) else { return Ok(None) };
+        let renorm = Renorm::new([weight, bias, self.net.norms.len()], offset.as_tensor()).map_err(at)?;
+        // Learned, saved and restored as all parameters and norms are; no initializer has these names.
+        let name = |what: &str| format!("{} batch norm's {what}", node.out());
+        let running = Renorm::unit(renorm.gain.elem_count());
+        self.net.norms.push(NormState { initializers: [name("mean"), name("variance")], running });
+        self.net.parameters.insert(name("gain"), renorm.gain.clone());
+        self.net.parameters.insert(name("offset"), renorm.offset.clone());
+        self.net.renorms.push(renorm);
+        Ok(Some(self.net.renorms.len() - 1))
     }
 
     /// The addition of a bias that is all that reads a MatMul with a matrix, and the bias: one value a column.
@@ -412,7 +442,11 @@ impl<'a> Builder<'a> {
     fn initializers(&mut self) -> Result<()> {
         let mut read: HashSet<&str> = HashSet::new();
         for step in &self.net.steps {
-            if let Step::Node { id, .. } | Step::BatchNorm { id, .. } | Step::Linear { id, .. } = step {
+            if let Step::Node { id, .. }
+            | Step::BatchNorm { id, .. }
+            | Step::Conv { id, .. }
+            | Step::Linear { id, .. } = step
+            {
                 read.extend(self.graph.node(*id).input.iter().map(String::as_str));
             }
             if let Step::Linear { bias, .. } = step {
@@ -443,7 +477,9 @@ impl Net {
     /// What each step reads.
     fn reads(&self, step: &Step) -> Vec<String> {
         match step {
-            Step::Node { id, .. } | Step::BatchNorm { id, .. } => self.model.graph().node[*id].input.clone(),
+            Step::Node { id, .. } | Step::BatchNorm { id, .. } | Step::Conv { id, .. } => {
+                self.model.graph().node[*id].input.clone()
+            }
             Step::Linear { id, bias, .. } => {
                 let mut read = self.model.graph().node[*id].input.clone();
                 read.push(bias.clone());

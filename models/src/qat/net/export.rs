@@ -49,6 +49,13 @@ impl Net {
             add(from_f32(name, var.dims(), &found));
             floats.insert(name, found);
         }
+        for (renorm, [weight, bias]) in self.renorms.iter().zip(self.folded()?) {
+            for (name, tensor) in
+                [(&self.weights[renorm.weight].parameter, weight), (&self.biases[renorm.bias].parameter, bias)]
+            {
+                floats.insert(name, values(&tensor, name)?);
+            }
+        }
         let of = |name: &str| floats.get(name).ok_or_else(|| refuse(name, "isn't a parameter"));
         for norm in &self.norms {
             let BatchStatistics { means, variances, .. } = &norm.running;

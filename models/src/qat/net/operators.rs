@@ -236,11 +236,16 @@ fn window(c: &Call, kernel: Vec<i64>, size: [usize; 2]) -> Result<ConvShape> {
 }
 
 fn conv(c: &Call) -> Result<Value> {
+    Ok(convolve(c, c.optional(2)?)?.into())
+}
+
+/// What a Conv computes, with this bias instead of its own.
+pub fn convolve(c: &Call, bias: Option<&Tensor>) -> Result<Tensor> {
     let (x, weight) = (c.tensor(0)?, c.tensor(1)?);
     let kernel = weight.dims()[2.min(weight.rank())..].iter().map(|&d| d as i64).collect();
     let (_, _, h, w) = c.of(x.dims4())?;
     let shape = window(c, kernel, [h, w])?;
-    float(c, ops::conv2d(x, weight, c.optional(2)?, shape))
+    c.of(ops::conv2d(x, weight, bias, shape))
 }
 
 fn pool(c: &Call, what: Pooling) -> Result<Value> {
