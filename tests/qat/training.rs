@@ -89,7 +89,7 @@ fn going_on_from_a_checkpoint_is_not_stopping() {
     let place = tempfile::tempdir().unwrap();
     let float = build("cnn", [1, 8, 8], 4, 3).unwrap();
     for (learn, norms) in [(false, false), (true, false), (true, true)] {
-        let file = place.path().join(format!("{learn}.safetensors"));
+        let file = place.path().join(format!("{learn}-{norms}.safetensors"));
         let augment = Augment { shift: 1 };
         let how = TrainSettings { patience: Some(9), augment, normalizing: 2 * usize::from(norms), ..settings(3) };
         let quantized = || quantized_with(&float, &data, 4, learn, norms);
@@ -117,7 +117,7 @@ fn going_on_from_a_checkpoint_is_not_stopping() {
         for keep in [0, 5, 60, bytes.len() / 2, bytes.len() - 1] {
             std::fs::write(&file, &bytes[..keep]).unwrap();
             let error = refused(&how);
-            assert!(error.contains(&format!("{learn}.safetensors")), "{keep} bytes: {error}");
+            assert!(error.contains(&format!("{learn}-{norms}.safetensors")), "{keep} bytes: {error}");
         }
     }
 }
