@@ -80,9 +80,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             for m in ROWS {
                 let values: Vec<f32> = (0..m * k).map(|at| bits(at) as f32 / (1 << 22) as f32 - 1.0).collect();
-                let mut x = cuda.rows(m, k)?;
+                let x = cuda.rows(m, k)?;
                 cuda.write_rows(&x, &values)?;
-                cuda.prepare(&mut x, m)?;
+                cuda.prepare(&x, m)?;
                 let mut out = cuda.rows(m, n)?;
                 let mut seconds = cuda.gpu().time(15, || {
                     weights.iter().try_for_each(|weight| cuda.multiply(&x, m, weight, None, false, &mut out))

@@ -3,6 +3,7 @@
 //! run on this machine's GPU as well, if it has one.
 
 mod attention;
+mod few;
 mod fused;
 mod linear;
 mod model;
@@ -60,6 +61,9 @@ laws! {
     probe::the_doctors_products_are_right,
     attention::attention_is_softmax_of_scores_times_values,
     attention::unfit_caches_are_refused,
+    attention::a_decoded_token_is_turned_appended_and_attended_at_once,
+    few::norms_before_products_need_no_launch,
+    few::gates_after_products_need_no_launch,
     fused::products_together_are_products_apart,
     fused::norms_and_gates_leave_rows_ready_for_products,
     fused::rows_that_change_are_made_ready_again,

@@ -20,8 +20,12 @@ use run::{ALLOCATION, Run};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes of shared memory that a block has at most on the smallest device (compute capability 8.6), asked for at launch.
-const MOST_SHARED: usize = 99 << 10;
+/// Bytes of shared memory that a block may have on the smallest device (compute capability 8.6), asked for at launch.
+const LEAST_SHARED: u32 = 99 << 10;
+/// The same on a device of many processors (9.0).
+const MOST_SHARED: u32 = 227 << 10;
+/// Processors from which on a device is like that.
+const MANY_PROCESSORS: u32 = 100;
 
 /// The interpreter.
 pub struct Machine {
@@ -95,6 +99,10 @@ impl Gpu for Machine {
         self.processors
     }
 
+    fn shared(&self) -> u32 {
+        if self.processors < MANY_PROCESSORS { LEAST_SHARED } else { MOST_SHARED }
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Piece, KernelError> {
         let mut state = self.state();
         state.memory.push(Memory::new(bytes));
@@ -127,7 +135,7 @@ impl Gpu for Machine {
             return Err(cuda(format!("{name} takes up to {} threads, got {}", kernel.max_threads, launch.threads())));
         }
         let [_, y, z] = launch.grid();
-        if y > 65535 || z > 65535 || kernel.shared + launch.shared() as usize > MOST_SHARED {
+        if y > 65535 || z > 65535 || kernel.shared + launch.shared() as usize > self.shared() as usize {
             return Err(cuda(format!("{name}: grid {:?} with {} bytes shared", launch.grid(), launch.shared())));
         }
         let mut state = self.state();

@@ -2,11 +2,6 @@
 
 #include "gemv.cuh"
 
-// Up to 8 tokens: any weight, many outputs of short rows, few outputs of long rows, and weights with minimums.
-GEMV(gemv_w8, CODES_W8, false, 1, 1, 8, 4, 2)
-GEMV(gemv_short_w8, CODES_W8, false, 1, 1, 4, 4, 4)
-GEMV(gemv_long_w8, CODES_W8, false, 1, 1, 16, 4, 1)
-GEMV(gemv_min_w8, CODES_W8, true, 1, 1, 8, 4, 2)
 
 // Up to 16, 32 and 64, each also for many outputs.
 GEMV(gemv16_w8, CODES_W8, true, 2, 1, 8, 2, 1)

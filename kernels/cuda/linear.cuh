@@ -16,7 +16,7 @@
 // Products of a level (an integer of up to 9 bits, or a half from the table) and an activation in half precision are
 // exact, sums are single precision; the scale comes once every 32 values. So weights are never rounded.
 
-#include "prim.cuh"
+#include "rows.cuh"
 
 enum NumberKind { NUMBERS_F16 = 0, NUMBERS_F32 = 1, NUMBERS_CODED = 2 };
 enum ZeroKind { ZERO_CONST = 0, ZERO_INT = 1, ZERO_MIN = 2 };
@@ -50,12 +50,16 @@ struct Weight {
 // Another weight of the same kind and K that is multiplied with the same activations in the same launch.
 struct Also {
     const Quad* codes;
+    const u16* zeros;
     Numbers scales;
+    Numbers mins;
     const float* bias; // (n) or null
     float* out;        // (m, n)
     u32 n;
-    u32 first; // its first block; ~0 if there is no such weight
+    u32 first; // its first tile; ~0 if there is no such weight
 };
+
+enum GateKind { GATE_NONE = 0, GATE_SILU = 1, GATE_GELU = 2 };
 
 struct Product {
     Weight weight;
@@ -69,6 +73,15 @@ struct Product {
     u32 split_units; // units of one part of K
     u32 splits;
     Also also[2];
+    // few.cuh only:
+    const float* rows; // (m, k) where rows aren't ready in x and factor; null where they are
+    const float* gain; // (k) where these rows are normed first, or null
+    u32 k;
+    float eps;
+    u32 row_warps;   // warps that make one row ready
+    u32 tiles;       // of all weights together; of the gate alone where `gate`
+    u32 share;       // of these, how many a block takes
+    u32 gate;        // out = gate(x * weight^T) * (x * also[0]^T)
 };
 
 // The numbers of rows i and i+8 of a tile.

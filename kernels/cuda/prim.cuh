@@ -146,6 +146,17 @@ DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d = a * b, as mma.
+DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+// What lanes of the warp did to memory before is seen by all of them after.
+DEVICE void warp_meets() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
+
 // The number that lane (own ^ mask) has.
 DEVICE float from_lane_xor(float x, u32 mask) {
     float d;

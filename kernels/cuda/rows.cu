@@ -1,6 +1,6 @@
 // What a transformer does to rows between its products. Sums are single precision in one order a block.
 
-#include "prim.cuh"
+#include "rows.cuh"
 
 struct Pack {
     const float* x; // (rows, width)
@@ -9,22 +9,6 @@ struct Pack {
     u32 width;
     u32 units;
 };
-
-// A power of two and its reciprocal.
-struct Power {
-    float power, reciprocal;
-};
-
-// The one that brings a row's largest magnitude into 8192..16384: no row is too large for halves, and values 2^-27 of the
-// largest still count.
-DEVICE Power power_for(float most) {
-    int exponent = (int)(__float_as_uint(most) >> 23);
-    int shift = exponent == 255 ? 0 : min(140 - exponent, 126);
-    Power p;
-    p.power = __uint_as_float((u32)(127 + shift) << 23);
-    p.reciprocal = __uint_as_float((u32)(127 - shift) << 23);
-    return p;
-}
 
 // Rows in half precision, each times its power of two.
 KERNEL __launch_bounds__(256) pack_rows(const Pack p) {
@@ -182,14 +166,6 @@ struct Elements {
 
 DEVICE u64 element() { return (u64)blockIdx.x * 256 + threadIdx.x; }
 
-DEVICE float silu(float x) { return x / (1.0f + exp_fast(-x)); }
-
-// By its approximation with tanh.
-DEVICE float gelu(float x) {
-    float inner = 0.7978845608028654f * fmaf(0.044715f * x * x, x, x);
-    return 0.5f * x * (1.0f + tanh_fast(inner));
-}
-
 // x = silu(x) * y
 KERNEL __launch_bounds__(256) gate_silu(const Elements p) {
     start();
@@ -260,24 +236,31 @@ KERNEL __launch_bounds__(256) select_rows(const Select p) {
 }
 
 struct Argmax {
-    const float* x; // (rows, stride)
-    u32* out;       // (rows)
+    const float* x;    // (rows, stride)
+    const u32* places; // (rows, stride): where the numbers are from; null: from here
+    float* values;     // (rows, parts), or null
+    u32* out;          // (rows, parts)
     u32 stride;
     u32 width; // numbers of a row that are looked at
+    u32 part;  // of these, how many a block looks at
+    u32 parts;
 };
 
 DEVICE bool is_better(float a, u32 at, float b, u32 than) { return a > b || (a == b && at < than); }
 
-// Where a row's largest number is, the first of equals; NaN is never it. A block a row; 0xffffffff if there is none.
+// Where a row's largest number is, the first of equals; NaN is never it. Block x looks at a part of row y; 0xffffffff if
+// there is no number.
 KERNEL __launch_bounds__(1024) argmax(const Argmax p) {
     start();
     __shared__ float values[32];
     __shared__ u32 places[32];
-    const float* x = p.x + (u64)blockIdx.x * p.stride;
+    u64 row = (u64)blockIdx.y * p.stride;
     float best = -infinity();
-    u32 place = 0xffffffff;
-    for (u32 k = threadIdx.x; k < p.width; k += blockDim.x)
-        if (is_better(x[k], k, best, place)) best = x[k], place = k;
+    u32 place = 0xffffffff, end = min(p.width, (blockIdx.x + 1) * p.part);
+    for (u32 k = blockIdx.x * p.part + threadIdx.x; k < end; k += blockDim.x) {
+        u32 from = p.places ? p.places[row + k] : k;
+        if (is_better(p.x[row + k], from, best, place)) best = p.x[row + k], place = from;
+    }
     for (u32 mask = 16; mask > 0; mask /= 2) {
         float other = from_lane_xor(best, mask);
         u32 there = from_lane_xor(place, mask);
@@ -288,5 +271,7 @@ KERNEL __launch_bounds__(1024) argmax(const Argmax p) {
     if (threadIdx.x > 0) return;
     for (u32 w = 1; w < blockDim.x / 32; w++)
         if (is_better(values[w], places[w], best, place)) best = values[w], place = places[w];
-    p.out[blockIdx.x] = place;
+    u32 to = blockIdx.y * p.parts + blockIdx.x;
+    p.out[to] = place;
+    if (p.values) p.values[to] = best;
 }

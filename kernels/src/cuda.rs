@@ -15,15 +15,16 @@ mod attention;
 mod data;
 #[cfg(feature = "cuda")]
 pub mod driver;
+mod few;
 mod gpu;
 mod linear;
 mod rows;
 mod weight;
 
-pub use attention::{CacheKind, CacheShape, CudaAttention, DeviceCache};
+pub use attention::{CacheKind, CacheShape, CudaAttention, DeviceCache, DeviceToken};
 pub use data::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Place};
 pub use gpu::{DeviceMemory, Gpu, Launch, MODULES, Ptx};
-pub use linear::DeviceProduct;
+pub use linear::{DeviceNorm, DeviceProduct};
 pub use weight::DeviceWeight;
 
 use crate::KernelError;

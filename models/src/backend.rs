@@ -97,6 +97,18 @@ pub struct Linear<'a, B: Backend + ?Sized> {
     pub out: &'a mut B::Buffer,
 }
 
+/// A norm before products: [`Backend::rms_norm`] of `x`.
+pub struct Norm<'a, B: Backend + ?Sized> {
+    /// (rows, k).
+    pub x: &'a B::Buffer,
+    /// (k).
+    pub gain: &'a B::Vector,
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// (rows, k): afterwards the normed rows, or nothing in particular.
+    pub out: &'a mut B::Buffer,
+}
+
 /// A device: how it stores weights, activations and caches, and what it can do with them.
 ///
 /// Every `rows` argument counts the rows in use, at most what the buffer was made for.
@@ -150,6 +162,26 @@ pub trait Backend: Send + Sync {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// A norm and products of what it gives, which a device may do at once.
+    fn norm_linear(&self, norm: Norm<'_, Self>, rows: usize, products: &mut [Linear<'_, Self>]) -> Result<()> {
+        self.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
+        self.linear(norm.out, rows, products)
+    }
+    /// gate.out = activation(gate) * up of a norm's products, which a device may do at once; what is left in `up.out` is
+    /// nobody's business.
+    fn norm_gated(
+        &self,
+        norm: Norm<'_, Self>,
+        rows: usize,
+        activation: Activation,
+        gate: Linear<'_, Self>,
+        up: Linear<'_, Self>,
+    ) -> Result<()> {
+        let mut products = [gate, up];
+        self.norm_linear(norm, rows, &mut products)?;
+        let [gate, up] = products;
+        self.gated(activation, gate.out, up.out, rows)
+    }
     /// Rotates each head of `x` by its row's position, NeoX halves, in place.
     fn rope(&self, x: &mut Self::Buffer, table: &Self::Rope, head_dim: usize, segments: &[Segment]) -> Result<()>;
     /// Appends each segment's keys and values (rows, kv_heads * head_dim) to its sequence's cache.
@@ -185,6 +217,25 @@ pub trait Backend: Send + Sync {
         segments: &[Segment],
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// [`Backend::rope_and_append`], or [`Backend::append`] without a table, and [`Backend::attention`], which a device may
+    /// do at once; what is left in `q` and `k` is nobody's business.
+    #[allow(clippy::too_many_arguments)] // what three operations take
+    fn append_and_attend(
+        &self,
+        caches: &mut [Self::Cache],
+        layer: usize,
+        table: Option<&Self::Rope>,
+        (q, k, v): (&mut Self::Buffer, &mut Self::Buffer, &Self::Buffer),
+        spec: &AttentionSpec,
+        segments: &[Segment],
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        match table {
+            Some(table) => self.rope_and_append(caches, layer, table, spec.head_dim, (q, k, v), segments)?,
+            None => self.append(caches, layer, k, v, segments)?,
+        }
+        self.attention(caches, layer, q, spec, segments, out)
+    }
     /// gate = activation(gate) * up.
     fn gated(&self, activation: Activation, gate: &mut Self::Buffer, up: &Self::Buffer, rows: usize) -> Result<()>;
     /// x += y.

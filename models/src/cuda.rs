@@ -3,14 +3,14 @@
 //! Nothing waits for the device but [`Backend::read`] and [`Backend::argmax`]: a forward pass is a sequence of
 //! launches. Where a batch's rows stand is put on the device once a pass, when it is first asked for.
 
-use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Matrix, Segment};
+use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Matrix, Norm, Segment};
 use crate::config::Activation;
 use crate::cpu::pack_dense;
 use crate::error::{ModelError, Result};
 use nibble_kernels::KernelError;
 use nibble_kernels::cuda::{
-    CacheKind, CacheShape, Cuda, CudaAttention, DeviceCache, DeviceIndices, DeviceMemory, DeviceProduct, DeviceRope,
-    DeviceRows, DeviceTable, DeviceVector, DeviceWeight, Gpu, Place,
+    CacheKind, CacheShape, Cuda, CudaAttention, DeviceCache, DeviceIndices, DeviceMemory, DeviceNorm, DeviceProduct,
+    DeviceRope, DeviceRows, DeviceTable, DeviceToken, DeviceVector, DeviceWeight, Gpu, Place,
 };
 use nibble_kernels::ops::math::Function;
 use nibble_kernels::ops::{self, RopeTable};
@@ -87,6 +87,25 @@ fn check_head<M: DeviceMemory>(caches: &[DeviceCache<M>], head_dim: usize) -> Re
     }
 }
 
+fn device_spec(spec: &AttentionSpec) -> ops::AttentionSpec {
+    ops::AttentionSpec { heads: spec.heads, scale: spec.scale, window: spec.window, softcap: spec.softcap }
+}
+
+fn function(activation: Activation) -> Function {
+    match activation {
+        Activation::Silu => Function::Silu,
+        Activation::GeluTanh => Function::GeluTanh,
+    }
+}
+
+fn product<'p, G: Gpu>(linear: &'p mut Linear<'_, CudaBackend<G>>) -> DeviceProduct<'p, G::Memory> {
+    DeviceProduct { weight: linear.weight, bias: linear.bias, out: &mut *linear.out }
+}
+
+fn device_norm<G: Gpu>(norm: Norm<'_, CudaBackend<G>>) -> DeviceNorm<'_, G::Memory> {
+    DeviceNorm { x: norm.x, gain: norm.gain, eps: norm.eps, out: norm.out }
+}
+
 impl<G: Gpu> Backend for CudaBackend<G> {
     type Weight = DeviceWeight<G::Memory>;
     type Vector = DeviceVector<G::Memory>;
@@ -148,12 +167,25 @@ impl<G: Gpu> Backend for CudaBackend<G> {
     }
 
     fn linear(&self, x: &mut Self::Buffer, rows: usize, products: &mut [Linear<'_, Self>]) -> Result<()> {
-        self.cuda.prepare(x, rows)?;
-        let mut products: Vec<_> = products
-            .iter_mut()
-            .map(|product| DeviceProduct { weight: product.weight, bias: product.bias, out: &mut *product.out })
-            .collect();
+        let mut products: Vec<_> = products.iter_mut().map(product).collect();
         Ok(self.cuda.multiply_all(x, rows, &mut products)?)
+    }
+
+    fn norm_linear(&self, norm: Norm<'_, Self>, rows: usize, products: &mut [Linear<'_, Self>]) -> Result<()> {
+        let mut products: Vec<_> = products.iter_mut().map(product).collect();
+        Ok(self.cuda.norm_and_multiply(device_norm(norm), rows, &mut products)?)
+    }
+
+    fn norm_gated(
+        &self,
+        norm: Norm<'_, Self>,
+        rows: usize,
+        activation: Activation,
+        mut gate: Linear<'_, Self>,
+        mut up: Linear<'_, Self>,
+    ) -> Result<()> {
+        let (gate, up) = (product(&mut gate), product(&mut up));
+        Ok(self.cuda.norm_and_gate(device_norm(norm), rows, function(activation), gate, up)?)
     }
 
     fn linear_add(
@@ -164,7 +196,6 @@ impl<G: Gpu> Backend for CudaBackend<G> {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     ) -> Result<()> {
-        self.cuda.prepare(x, rows)?;
         Ok(self.cuda.multiply(x, rows, weight, bias, true, out)?)
     }
 
@@ -218,17 +249,28 @@ impl<G: Gpu> Backend for CudaBackend<G> {
     ) -> Result<()> {
         let staged = &mut *self.staged();
         self.stage(staged, caches, segments)?;
-        let spec =
-            ops::AttentionSpec { heads: spec.heads, scale: spec.scale, window: spec.window, softcap: spec.softcap };
-        Ok(self.cuda.attend(&spec, CudaAttention { caches, layer, table: &staged.table }, q, out)?)
+        Ok(self.cuda.attend(&device_spec(spec), CudaAttention { caches, layer, table: &staged.table }, q, out)?)
+    }
+
+    fn append_and_attend(
+        &self,
+        caches: &mut [Self::Cache],
+        layer: usize,
+        table: Option<&Self::Rope>,
+        (q, k, v): (&mut Self::Buffer, &mut Self::Buffer, &Self::Buffer),
+        spec: &AttentionSpec,
+        segments: &[Segment],
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        let staged = &mut *self.staged();
+        self.stage(staged, caches, segments)?;
+        check_head(caches, spec.head_dim)?;
+        let at = CudaAttention { caches, layer, table: &staged.table };
+        Ok(self.cuda.append_and_attend(&device_spec(spec), at, table, DeviceToken { q, k, v }, out)?)
     }
 
     fn gated(&self, activation: Activation, gate: &mut Self::Buffer, up: &Self::Buffer, rows: usize) -> Result<()> {
-        let function = match activation {
-            Activation::Silu => Function::Silu,
-            Activation::GeluTanh => Function::GeluTanh,
-        };
-        Ok(self.cuda.gate(function, gate, up, rows)?)
+        Ok(self.cuda.gate(function(activation), gate, up, rows)?)
     }
 
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, rows: usize) -> Result<()> {

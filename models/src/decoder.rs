@@ -4,10 +4,10 @@
 //! x = embed(tokens)
 //! each layer:  h = norm(x);  q, k, v = h * Wqkv;  rope(q, k);  cache += k, v;  x += attention(q) * Wo
 //!              h = norm(x);  g, u = h * Wgu;  x += (act(g) * u) * Wdown
-//! hidden = norm(x);  logits = hidden * Whead
+//! logits = norm(x) * Whead
 //! ```
 
-use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Segment};
+use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Norm, Segment};
 use crate::config::ModelConfig;
 use crate::error::{ModelError, Result};
 use crate::weights::Weights;
@@ -255,47 +255,46 @@ impl<B: Backend> Decoder<B> {
         let rows = cx.rows;
         b.embed(&self.embedding, &cx.tokens, c.embedding_scale.unwrap_or(1.0), &mut cx.x)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            b.rms_norm(&cx.x, &layer.attention_norm, c.rms_eps, rows, &mut cx.h)?;
-            self.show(&mut tap, i, Site::Qkv, &cx.h, rows, c.hidden)?;
-            b.linear(
-                &mut cx.h,
-                rows,
-                &mut [
-                    Linear { weight: &layer.q, bias: layer.q_bias.as_ref(), out: &mut cx.q },
-                    Linear { weight: &layer.k, bias: layer.k_bias.as_ref(), out: &mut cx.k },
-                    Linear { weight: &layer.v, bias: layer.v_bias.as_ref(), out: &mut cx.v },
-                ],
-            )?;
+            let norm = Norm { x: &cx.x, gain: &layer.attention_norm, eps: c.rms_eps, out: &mut cx.h };
+            let products = &mut [
+                Linear { weight: &layer.q, bias: layer.q_bias.as_ref(), out: &mut cx.q },
+                Linear { weight: &layer.k, bias: layer.k_bias.as_ref(), out: &mut cx.k },
+                Linear { weight: &layer.v, bias: layer.v_bias.as_ref(), out: &mut cx.v },
+            ];
+            match &mut tap {
+                None => b.norm_linear(norm, rows, products)?,
+                tap => {
+                    b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
+                    self.show(tap, i, Site::Qkv, norm.out, rows, c.hidden)?;
+                    b.linear(norm.out, rows, products)?;
+                }
+            }
             if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
                 b.head_norm(&mut cx.q, q_norm, c.rms_eps, rows)?;
                 b.head_norm(&mut cx.k, k_norm, c.rms_eps, rows)?;
             }
-            if c.layers[i].rope {
-                let qkv = (&mut cx.q, &mut cx.k, &cx.v);
-                b.rope_and_append(&mut cx.caches, i, &cx.rope, c.head_dim, qkv, &cx.segments)?;
-            } else {
-                b.append(&mut cx.caches, i, &cx.k, &cx.v, &cx.segments)?;
-            }
             let spec = self.attention_spec(i);
-            b.attention(&cx.caches, i, &cx.q, &spec, &cx.segments, &mut cx.attended)?;
+            let rope = c.layers[i].rope.then_some(&cx.rope);
+            let qkv = (&mut cx.q, &mut cx.k, &cx.v);
+            b.append_and_attend(&mut cx.caches, i, rope, qkv, &spec, &cx.segments, &mut cx.attended)?;
             self.show(&mut tap, i, Site::Output, &cx.attended, rows, c.q_width())?;
             self.residual(&mut cx.attended, rows, (&layer.o, layer.o_bias.as_ref()), &mut cx.h, &mut cx.x)?;
 
-            b.rms_norm(&cx.x, &layer.ffn_norm, c.rms_eps, rows, &mut cx.h)?;
-            self.show(&mut tap, i, Site::GateUp, &cx.h, rows, c.hidden)?;
-            b.linear(
-                &mut cx.h,
-                rows,
-                &mut [
-                    Linear { weight: &layer.gate, bias: layer.gate_bias.as_ref(), out: &mut cx.gate },
-                    Linear { weight: &layer.up, bias: layer.up_bias.as_ref(), out: &mut cx.up },
-                ],
-            )?;
-            b.gated(c.activation, &mut cx.gate, &cx.up, rows)?;
+            let norm = Norm { x: &cx.x, gain: &layer.ffn_norm, eps: c.rms_eps, out: &mut cx.h };
+            let gate = Linear { weight: &layer.gate, bias: layer.gate_bias.as_ref(), out: &mut cx.gate };
+            let up = Linear { weight: &layer.up, bias: layer.up_bias.as_ref(), out: &mut cx.up };
+            match &mut tap {
+                None => b.norm_gated(norm, rows, c.activation, gate, up)?,
+                tap => {
+                    b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
+                    self.show(tap, i, Site::GateUp, norm.out, rows, c.hidden)?;
+                    b.linear(norm.out, rows, &mut [gate, up])?;
+                    b.gated(c.activation, &mut cx.gate, &cx.up, rows)?;
+                }
+            }
             self.show(&mut tap, i, Site::Down, &cx.gate, rows, c.ffn)?;
             self.residual(&mut cx.gate, rows, (&layer.down, layer.down_bias.as_ref()), &mut cx.h, &mut cx.x)?;
         }
-        b.rms_norm(&cx.x, &self.norm, c.rms_eps, rows, &mut cx.h)?;
         for segment in &cx.segments {
             cx.lengths[segment.sequence] += segment.rows.len();
         }
@@ -331,8 +330,14 @@ impl<B: Backend> Decoder<B> {
             return Err(ModelError::Context { why });
         }
         let b = &self.backend;
-        b.select_rows(&cx.h, rows, &mut cx.selected)?;
-        b.linear(&mut cx.selected, rows.len(), &mut [Linear { weight: self.head(), bias: None, out: &mut cx.logits }])?;
+        let is_all = rows.iter().copied().eq(0..cx.rows);
+        if !is_all {
+            b.select_rows(&cx.x, rows, &mut cx.selected)?;
+        }
+        let x = if is_all { &cx.x } else { &cx.selected };
+        let norm = Norm { x, gain: &self.norm, eps: self.config.rms_eps, out: &mut cx.h };
+        let head = Linear { weight: self.head(), bias: None, out: &mut cx.logits };
+        b.norm_linear(norm, rows.len(), &mut [head])?;
         if let Some(factor) = self.config.logit_scale {
             b.scale(&mut cx.logits, factor, rows.len())?;
         }

@@ -2,8 +2,8 @@
 
 use super::{Device, numbers, random, rows_of};
 use half::f16;
-use nibble_kernels::cuda::{CacheKind, CacheShape, CudaAttention, Gpu};
-use nibble_kernels::ops::AttentionSpec;
+use nibble_kernels::cuda::{CacheKind, CacheShape, CudaAttention, DeviceToken, Gpu};
+use nibble_kernels::ops::{AttentionSpec, RopeTable};
 
 /// What a cache makes of one head's numbers at one position.
 fn kept(kind: CacheKind, x: &[f32]) -> Vec<f64> {
@@ -136,6 +136,68 @@ pub fn attention_is_softmax_of_scores_times_values<G: Gpu>(device: Device<G>) {
         &Case { sequences: &[(33, 2)], head_dim: 256, heads: 2, kv_heads: 1, kind: CacheKind::Int8, ..plain },
     );
     check(device, &Case { sequences: &[(33, 2)], head_dim: 6, heads: 8, kv_heads: 1, kind: CacheKind::F32, ..plain });
+}
+
+/// Against the same operations one after another; those are held to double precision above.
+pub fn a_decoded_token_is_turned_appended_and_attended_at_once<G: Gpu>(device: Device<G>) {
+    // Processors, heads, key heads, width of a head, pairs that turn, window, cap, and what sequences have before.
+    type Turn = (u32, usize, usize, usize, usize, Option<usize>, Option<f32>, &'static [usize]);
+    let cases: [(CacheKind, Turn); 8] = [
+        (CacheKind::F16, (2, 4, 2, 16, 8, None, None, &[0])),
+        (CacheKind::F16, (2, 9, 3, 64, 32, None, None, &[130, 63, 0])),
+        (CacheKind::F16, (132, 8, 1, 128, 64, None, None, &[600])),
+        (CacheKind::F16, (132, 6, 2, 80, 20, Some(70), Some(2.0), &[290, 40])),
+        (CacheKind::F32, (2, 2, 1, 64, 32, None, None, &[64])),
+        (CacheKind::Int8, (2, 4, 1, 64, 32, None, None, &[127, 5])),
+        (CacheKind::Int8, (132, 3, 1, 256, 0, Some(300), None, &[530])),
+        // Widths and groups that have no launch of their own.
+        (CacheKind::F16, (2, 18, 2, 20, 10, None, None, &[30, 3])),
+    ];
+    for (kind, (processors, heads, kv_heads, head_dim, half, window, softcap, before)) in cases {
+        let cuda = device(processors);
+        let shape = CacheShape { layers: 2, kv_heads, head_dim, capacity: 640, kind };
+        let frequencies: Vec<f32> = (0..half).map(|i| 100f32.powf(-(i as f32) / half as f32)).collect();
+        let rope = (half > 0).then(|| cuda.rope_table(&RopeTable::new(&frequencies, 640, 1.0)).unwrap());
+        let (rows, width, kv_width) = (before.len(), heads * head_dim, kv_heads * head_dim);
+        let spec = AttentionSpec { heads, scale: 1.0 / (head_dim as f32).sqrt(), window, softcap };
+        let run = |at_once: bool| {
+            let caches: Vec<_> = before.iter().map(|_| cuda.cache(shape).unwrap()).collect();
+            let mut table = cuda.table(640).unwrap();
+            for (s, before) in before.iter().enumerate().filter(|(_, before)| **before > 0) {
+                let places = (0..*before).map(|at| caches[s].place(at).unwrap());
+                cuda.set_table(&mut table, places).unwrap();
+                let [k, v] = [1, 2].map(|seed| rows_of(&cuda, &numbers(&mut random(seed), before * kv_width), kv_width));
+                cuda.append(CudaAttention { caches: &caches, layer: 1, table: &table }, &k, &v).unwrap();
+            }
+            let places = before.iter().zip(&caches).map(|(before, cache)| cache.place(*before).unwrap());
+            cuda.set_table(&mut table, places).unwrap();
+            let at = || CudaAttention { caches: &caches, layer: 1, table: &table };
+            let [mut q, mut k, v] = [(3, width), (4, kv_width), (5, kv_width)]
+                .map(|(seed, width)| rows_of(&cuda, &numbers(&mut random(seed), rows * width), width));
+            let (mut out, mut again) = (cuda.rows(rows, width).unwrap(), cuda.rows(rows, width).unwrap());
+            if at_once {
+                let token = DeviceToken { q: &mut q, k: &mut k, v: &v };
+                cuda.append_and_attend(&spec, at(), rope.as_ref(), token, &mut out).unwrap();
+            } else {
+                match &rope {
+                    Some(rope) => cuda.rope_and_append(at(), rope, &mut q, &mut k, &v).unwrap(),
+                    None => cuda.append(at(), &k, &v).unwrap(),
+                }
+                cuda.attend(&spec, at(), &q, &mut out).unwrap();
+            }
+            // What lies in the caches now, seen by the same queries.
+            let same = rows_of(&cuda, &numbers(&mut random(6), rows * width), width);
+            cuda.attend(&spec, at(), &same, &mut again).unwrap();
+            [&out, &again].map(|rows_| cuda.read_rows(rows_, 0..rows).unwrap())
+        };
+        let ([found, cached], [wanted, wanted_cached]) = (run(true), run(false));
+        let what = format!("{kind:?} {heads}/{kv_heads} x {head_dim}, {half} pairs, {before:?}");
+        assert_eq!(cached, wanted_cached, "{what}: the caches");
+        for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+            // Both are within some hundreds of roundings of sums of values up to 1.
+            assert!((found - wanted).abs() <= 1000.0 / (1 << 24) as f32, "{what}: {i}: {found}, wanted {wanted}");
+        }
+    }
 }
 
 pub fn unfit_caches_are_refused<G: Gpu>(device: Device<G>) {

@@ -35,8 +35,7 @@ pub fn products_together_are_products_apart<G: Gpu>(device: Device<G>) {
         let odd = weight(&cuda, other.0, other.1, 20, k, 9);
         let all: Vec<_> = weights.iter().chain([&odd]).collect();
         let bias = cuda.vector(&numbers(&mut random(7), 16)).unwrap();
-        let mut x = rows_of(&cuda, &numbers(&mut random(8), m * k), k);
-        cuda.prepare(&mut x, m).unwrap();
+        let x = rows_of(&cuda, &numbers(&mut random(8), m * k), k);
         let mut outs: Vec<_> = all.iter().map(|weight| cuda.rows(m, weight.n()).unwrap()).collect();
         let bias_of = |at: usize| (at == 1).then_some(&bias);
         let mut products: Vec<_> = (0..)
@@ -68,11 +67,11 @@ pub fn norms_and_gates_leave_rows_ready_for_products<G: Gpu>(device: Device<G>) 
                 1 => cuda.gate(Function::Silu, &mut ready, &up, m).unwrap(),
                 _ => cuda.gate(Function::GeluTanh, &mut ready, &up, m).unwrap(),
             }
-            cuda.prepare(&mut ready, m).unwrap();
+            cuda.prepare(&ready, m).unwrap();
             let (mut found, mut wanted) = (cuda.rows(m, 18).unwrap(), cuda.rows(m, 18).unwrap());
             cuda.multiply(&ready, m, &weight, None, false, &mut found).unwrap();
-            let mut again = rows_of(&cuda, &values(&cuda, &ready, m), k);
-            cuda.prepare(&mut again, m).unwrap();
+            let again = rows_of(&cuda, &values(&cuda, &ready, m), k);
+            cuda.prepare(&again, m).unwrap();
             cuda.multiply(&again, m, &weight, None, false, &mut wanted).unwrap();
             assert_eq!(values(&cuda, &found, m), values(&cuda, &wanted, m), "rows of {k}, step {step}");
         }
@@ -88,8 +87,8 @@ pub fn rows_that_change_are_made_ready_again<G: Gpu>(device: Device<G>) {
     let first = numbers(&mut random(3), m * k);
     let gain = cuda.vector(&vec![1.5; k]).unwrap();
     let ready = || {
-        let mut x = rows_of(&cuda, &first, k);
-        cuda.prepare(&mut x, m).unwrap();
+        let x = rows_of(&cuda, &first, k);
+        cuda.prepare(&x, m).unwrap();
         x
     };
     let source = ready();
@@ -105,17 +104,17 @@ pub fn rows_that_change_are_made_ready_again<G: Gpu>(device: Device<G>) {
     for (what, change) in changes {
         let mut x = ready();
         change(&mut x);
-        cuda.prepare(&mut x, m).unwrap();
+        cuda.prepare(&x, m).unwrap();
         let (mut found, mut wanted) = (cuda.rows(m, 16).unwrap(), cuda.rows(m, 16).unwrap());
         cuda.multiply(&x, m, &weight, None, false, &mut found).unwrap();
-        let mut fresh = rows_of(&cuda, &values(&cuda, &x, m), k);
-        cuda.prepare(&mut fresh, m).unwrap();
+        let fresh = rows_of(&cuda, &values(&cuda, &x, m), k);
+        cuda.prepare(&fresh, m).unwrap();
         cuda.multiply(&fresh, m, &weight, None, false, &mut wanted).unwrap();
         assert_eq!(values(&cuda, &found, m), values(&cuda, &wanted, m), "{what}");
     }
     let mut normed = cuda.rows(m, k).unwrap();
     cuda.rms_norm(&source, &gain, 1e-5, m, &mut normed).unwrap();
-    assert!(cuda.prepare(&mut normed, m + 1).is_err(), "more rows than there are");
+    assert!(cuda.prepare(&normed, m + 1).is_err(), "more rows than there are");
 }
 
 pub fn turning_and_appending_at_once_is_both<G: Gpu>(device: Device<G>) {

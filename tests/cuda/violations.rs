@@ -48,9 +48,8 @@ fn product_with(cuda: &Cuda<Machine>, levels: nibble_kernels::Levels, zero: i32,
         outliers: None,
     };
     let weight = cuda.weight(&nibble_kernels::PackedWeight::pack(&source).unwrap()).unwrap();
-    let mut x = rows_of(cuda, &numbers(&mut random(2), m * 512), 512);
+    let x = rows_of(cuda, &numbers(&mut random(2), m * 512), 512);
     let mut out = cuda.rows(m, 64).unwrap();
-    cuda.prepare(&mut x, m).map_err(|e| e.to_string())?;
     cuda.multiply(&x, m, &weight, None, false, &mut out).map_err(|e| e.to_string())
 }
 
@@ -83,7 +82,7 @@ fn a_missing_barrier_is_a_race() {
     let cuda = changed("rows", |text| within(text, "rms_norm", "bar.sync \t0;", "")).unwrap();
     let why = norm(&cuda).unwrap_err();
     assert!(why.contains("no barrier between") || why.contains("nobody wrote"), "{why}");
-    for (module, entry, m) in [("gemv_w4", "gemv_w4", 1), ("gemv_w4", "gemv32_w4", 20)] {
+    for (module, entry, m) in [("few_w4", "few_any_w4", 1), ("gemv_w4", "gemv32_w4", 20)] {
         let cuda = changed(module, |text| within(text, entry, "bar.sync \t0;", "")).unwrap();
         let why = product(&cuda, m).unwrap_err();
         assert!(why.contains("no barrier between") || why.contains("nobody wrote"), "{entry}: {why}");

@@ -1,13 +1,15 @@
 //! Memory that knows who touched it: reads of what nobody wrote, accesses out of place and races are errors.
 //!
 //! Two accesses of different threads to the same bytes race if one of them writes and no barrier of their block lies
-//! between them; threads of different blocks of a launch never have one. A copy in flight belongs to nobody until the
+//! between them, nor, in one warp, a meeting of its lanes; threads of different blocks of a launch never have one. A copy in flight belongs to nobody until the
 //! thread that started it has waited for it, and to others only after a barrier. Bytes are watched in pairs.
 
 /// Bytes that are watched together.
 const GRAIN: usize = 2;
-/// Readers of more than one thread.
+/// Readers of more than one warp.
 const MANY: u32 = u32::MAX;
+/// Added to a warp's first thread: several of its threads read.
+const SEVERAL: u32 = 1 << 31;
 
 /// Who accesses: a block and thread of a launch, and how many barriers the block has passed.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +20,8 @@ pub struct Who {
     pub thread: u32,
     /// Barriers behind it.
     pub epoch: u32,
+    /// Meetings of its warp since the last barrier.
+    pub meetings: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,8 +38,10 @@ struct Cell {
     state: State,
     writer: u32,
     writer_epoch: u32,
+    writer_meetings: u32,
     reader: u32,
     reader_epoch: u32,
+    reader_meetings: u32,
     writer_block: u64,
     reader_block: u64,
 }
@@ -130,7 +136,7 @@ impl Memory {
         self.bytes[at..at + 16].copy_from_slice(&bytes);
         for cell in self.cells(at, 16) {
             cell.state = State::Written;
-            (cell.writer, cell.writer_epoch, cell.writer_block) = (who.thread, who.epoch, who.block);
+            cell.written_by(who);
         }
     }
 }
@@ -147,7 +153,7 @@ impl Cell {
         if recent && self.writer_block != who.block {
             return Err("reads what another block of the launch writes");
         }
-        if recent && self.writer_epoch == who.epoch && self.writer != who.thread {
+        if recent && self.follows_write(who) {
             return Err("reads what another thread writes, with no barrier between");
         }
         let seen = self.reader_block / LAUNCH == who.block / LAUNCH;
@@ -155,9 +161,15 @@ impl Cell {
             self.reader_block = who.block / LAUNCH * LAUNCH + MANY_BLOCKS;
         } else {
             let again = seen && self.reader_epoch == who.epoch && self.reader != who.thread;
-            self.reader = if again { MANY } else { who.thread };
-            self.reader_block = who.block;
-            self.reader_epoch = who.epoch;
+            self.reader = match again {
+                false => who.thread,
+                // The latest meeting counts: it is what a write has to come after.
+                true if self.reader != MANY && self.reader % SEVERAL / 32 == who.thread / 32 => {
+                    who.thread / 32 * 32 + SEVERAL
+                }
+                true => MANY,
+            };
+            (self.reader_block, self.reader_epoch, self.reader_meetings) = (who.block, who.epoch, who.meetings);
         }
         Ok(())
     }
@@ -171,7 +183,7 @@ impl Cell {
             if self.writer_block != who.block {
                 return Err("writes what another block of the launch writes");
             }
-            if self.writer_epoch == who.epoch && self.writer != who.thread {
+            if self.follows_write(who) {
                 return Err("writes what another thread writes, with no barrier between");
             }
         }
@@ -179,13 +191,31 @@ impl Cell {
             if self.reader_block != who.block {
                 return Err("writes what another block of the launch reads");
             }
-            if self.reader_epoch == who.epoch && self.reader != who.thread {
+            if self.follows_read(who) {
                 return Err("writes what another thread reads, with no barrier between");
             }
         }
         self.state = state;
-        (self.writer, self.writer_epoch, self.writer_block) = (who.thread, who.epoch, who.block);
+        self.written_by(who);
         Ok(())
+    }
+
+    fn written_by(&mut self, who: Who) {
+        (self.writer, self.writer_block) = (who.thread, who.block);
+        (self.writer_epoch, self.writer_meetings) = (who.epoch, who.meetings);
+    }
+
+    /// Whether nothing lies between the last write and what `who` does.
+    fn follows_write(&self, who: Who) -> bool {
+        let met = self.writer / 32 == who.thread / 32 && self.writer_meetings < who.meetings;
+        self.writer_epoch == who.epoch && self.writer != who.thread && !met
+    }
+
+    /// The same of the last reads.
+    fn follows_read(&self, who: Who) -> bool {
+        let of_warp = self.reader != MANY && self.reader % SEVERAL / 32 == who.thread / 32;
+        let met = of_warp && self.reader_meetings < who.meetings;
+        self.reader_epoch == who.epoch && self.reader != who.thread && !met
     }
 }
 

@@ -183,6 +183,7 @@ pub enum Op {
     CopyCommit,
     CopyWait(usize),
     Barrier,
+    WarpBarrier,
     Branch(usize),
     Return,
     ShuffleXor,

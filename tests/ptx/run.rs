@@ -62,6 +62,8 @@ struct Warp {
     /// (place, lanes) ascending by place: lanes that go together.
     groups: Vec<(usize, u32)>,
     waits: bool,
+    /// Times that its lanes met since the block's last barrier.
+    meetings: u32,
     executed: u64,
     /// A thread's copies: groups that are closed, oldest first, then the open one.
     copies: Vec<Vec<Vec<Copy>>>,
@@ -98,6 +100,7 @@ impl Run<'_> {
                     registers: vec![[0xdead_beef_dead_beef; 32]; self.kernel.registers],
                     groups: vec![(0, mask)],
                     waits: false,
+                    meetings: 0,
                     executed: 0,
                     copies: (0..32).map(|_| vec![Vec::new()]).collect(),
                 }
@@ -113,7 +116,7 @@ impl Run<'_> {
                 break;
             }
             // Every warp is at a barrier or has left.
-            warps.iter_mut().for_each(|warp| warp.waits = false);
+            warps.iter_mut().for_each(|warp| (warp.waits, warp.meetings) = (false, 0));
             block.epoch += 1;
         }
         if warps.iter().any(|warp| warp.copies.iter().any(|groups| groups.iter().any(|group| !group.is_empty()))) {
@@ -233,6 +236,11 @@ impl Run<'_> {
                         block.shared.arrive(who, copy.to, copy.bytes);
                     }
                 }
+                return Ok(());
+            }
+            Op::WarpBarrier => {
+                whole(active)?;
+                warp.meetings += 1;
                 return Ok(());
             }
             Op::Barrier => {
@@ -372,7 +380,8 @@ impl Run<'_> {
 }
 
 fn who(block: &Block, warp: &Warp, lane: usize) -> Who {
-    Who { block: block.number, thread: warp.first_thread + lane as u32, epoch: block.epoch }
+    let thread = warp.first_thread + lane as u32;
+    Who { block: block.number, thread, epoch: block.epoch, meetings: warp.meetings }
 }
 
 fn global(memory: &mut [Memory], address: u64) -> Result<(&mut Memory, u64), String> {

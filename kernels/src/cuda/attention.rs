@@ -91,6 +91,35 @@ struct AttendArgument {
     cap: f32,
 }
 
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct StepArgument {
+    attend: AttendArgument,
+    k: u64,
+    v: u64,
+    cos: u64,
+    sin: u64,
+    half: u32,
+    stride: u32,
+}
+
+/// Threads of a block that decodes a token, keys that it holds at once (twice), and the most bytes of each.
+const STEP_THREADS: usize = 256;
+const STEP_TILE: usize = 64;
+const STEP_WIDEST: usize = 256;
+/// Least keys of its chunk.
+const STEP_LEAST_CHUNK: usize = 256;
+
+/// What a decoded token brings along: queries, a key and a value, not yet turned.
+pub struct DeviceToken<'a, M> {
+    /// (rows, heads * head_dim).
+    pub q: &'a mut DeviceRows<M>,
+    /// (rows, kv_heads * head_dim).
+    pub k: &'a mut DeviceRows<M>,
+    /// The same.
+    pub v: &'a DeviceRows<M>,
+}
+
 impl CacheShape {
     fn element(&self) -> usize {
         match self.kind {
@@ -273,6 +302,63 @@ impl<G: Gpu> Cuda<G> {
         self.gpu.launch(&Launch::new(kernel, grid, 32, bytes_of(&argument)))
     }
 
+    /// [`Cuda::rope_and_append`] (or [`Cuda::append`] without a rotation) and [`Cuda::attend`]; in one launch where each row
+    /// is the only one of its sequence. Then queries and keys are left as they were.
+    ///
+    /// # Errors
+    /// As these.
+    pub fn append_and_attend(
+        &self,
+        spec: &AttentionSpec,
+        at: CudaAttention<'_, G::Memory>,
+        rope: Option<&DeviceRope<G::Memory>>,
+        token: DeviceToken<'_, G::Memory>,
+        out: &mut DeviceRows<G::Memory>,
+    ) -> Result<(), KernelError> {
+        let DeviceToken { q, k, v } = token;
+        let shape = at.shape()?;
+        let group = spec.heads.checked_div(shape.kv_heads).unwrap_or(0);
+        let row_bytes = shape.head_dim * shape.element();
+        let is_step = (1..=MOST_HEADS).contains(&group)
+            && row_bytes.is_multiple_of(16)
+            && row_bytes <= STEP_WIDEST
+            && at.table.is_one_row_each();
+        if !is_step {
+            let CudaAttention { caches, layer, table } = at;
+            match rope {
+                Some(rope) => self.rope_and_append(at, rope, q, k, v)?,
+                None => self.append(at, k, v)?,
+            }
+            return self.attend(spec, CudaAttention { caches, layer, table }, q, out);
+        }
+        // Checks keys and values as well.
+        self.append_argument(&at, k, v)?;
+        let half = rope.map_or(Ok(0), |rope| rope.fits(shape.head_dim, at.table))?;
+        let Some(attend) = self.attend_argument(spec, &at, q, out, 1, STEP_LEAST_CHUNK)? else { return Ok(()) };
+        let stride = (row_bytes + 64).next_multiple_of(128) - 64;
+        let argument = StepArgument {
+            attend,
+            k: k.values.address(),
+            v: v.values.address(),
+            cos: rope.map_or(0, |rope| rope.cos.address()),
+            sin: rope.map_or(0, |rope| rope.sin.address()),
+            half: size(half)?,
+            stride: size(stride)?,
+        };
+        let kernel = match shape.kind {
+            CacheKind::F32 => "attend_step_f32",
+            CacheKind::F16 => "attend_step_f16",
+            CacheKind::Int8 => "attend_step_int8",
+        };
+        let floats = group * (shape.head_dim + STEP_TILE) + 2 * MOST_HEADS + 2 * shape.head_dim;
+        // The sums at the end, 8 bytes a thread and head, lie over the tiles.
+        let shared = 4 * STEP_TILE * stride + floats * 4 + 2 * row_bytes;
+        let grid = [attend.chunks, size(shape.kv_heads)?, size(at.table.places.len())?];
+        let launch = Launch::new(kernel, grid, size(STEP_THREADS)?, bytes_of(&argument));
+        self.gpu.launch(&launch.with_shared(size(shared)?))?;
+        self.merge(&attend, at.table.places.len())
+    }
+
     /// Causal attention of each row's query heads over its sequence, up to its own position: append first.
     ///
     /// # Errors
@@ -284,6 +370,35 @@ impl<G: Gpu> Cuda<G> {
         q: &DeviceRows<G::Memory>,
         out: &mut DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
+        let shape = at.shape()?;
+        let passes = spec.heads.checked_div(shape.kv_heads).unwrap_or(0).div_ceil(MOST_HEADS);
+        let Some(argument) = self.attend_argument(spec, &at, q, out, passes, LEAST_CHUNK)? else { return Ok(()) };
+        let kernel = match shape.kind {
+            CacheKind::F32 => "attend_f32",
+            CacheKind::F16 => "attend_f16",
+            CacheKind::Int8 => "attend_int8",
+        };
+        let block_heads = argument.block_heads as usize;
+        let spread = (THREADS / (shape.head_dim / 2)).max(1);
+        let area = (TILE * (shape.head_dim + 1)).max(spread * block_heads * shape.head_dim);
+        let floats = block_heads * (shape.head_dim + TILE + 2) + area;
+        let grid = [argument.chunks, size(shape.kv_heads * passes)?, size(at.table.places.len())?];
+        let launch = Launch::new(kernel, grid, size(THREADS)?, bytes_of(&argument));
+        self.gpu.launch(&launch.with_shared(size(floats * 4)?))?;
+        self.merge(&argument, at.table.places.len())
+    }
+
+    /// What attention takes, with so many blocks for each key head and chunks of at least so many keys; nothing for no
+    /// rows.
+    fn attend_argument(
+        &self,
+        spec: &AttentionSpec,
+        at: &CudaAttention<'_, G::Memory>,
+        q: &DeviceRows<G::Memory>,
+        out: &mut DeviceRows<G::Memory>,
+        passes: usize,
+        least_chunk: usize,
+    ) -> Result<Option<AttendArgument>, KernelError> {
         let (shape, rows) = (at.shape()?, at.table.places.len());
         let group = spec.heads.checked_div(shape.kv_heads).unwrap_or(0);
         if group == 0 || group * shape.kv_heads != spec.heads {
@@ -294,51 +409,42 @@ impl<G: Gpu> Cuda<G> {
         out.check("attention's output", rows, spec.heads * shape.head_dim)?;
         out.changes();
         if rows == 0 {
-            return Ok(());
+            return Ok(None);
         }
-        let passes = group.div_ceil(MOST_HEADS);
-        let block_heads = group.div_ceil(passes);
         // So many keys at a time that launches stay the same for many tokens: chunks that no row reaches end at once.
         let keys = (at.table.last_position() + 1).next_multiple_of(SAME_FOR);
-        let chunk = self.chunk(keys, rows * shape.kv_heads * passes, rows * spec.heads * (shape.head_dim + 2));
-        let chunks = keys.div_ceil(chunk);
-        let argument = AttendArgument {
+        let floats = rows * spec.heads * (shape.head_dim + 2);
+        let chunk = self.chunk(keys, least_chunk, rows * shape.kv_heads * passes, floats);
+        Ok(Some(AttendArgument {
             layer: shape.layer(at.layer)?,
             q: q.values.address(),
             rows: at.table.memory.address(),
             out: out.values.address(),
             partial: self.scratch.address(),
             heads: size(spec.heads)?,
-            block_heads: size(block_heads)?,
+            block_heads: size(group.div_ceil(passes))?,
             passes: size(passes)?,
             chunk: size(chunk)?,
-            chunks: size(chunks)?,
+            chunks: size(keys.div_ceil(chunk))?,
             window: spec.window.map_or(Ok(u32::MAX), |window| size(window.max(1)))?,
             scale: spec.scale,
             cap: spec.softcap.unwrap_or(0.0),
-        };
-        let kernel = match shape.kind {
-            CacheKind::F32 => "attend_f32",
-            CacheKind::F16 => "attend_f16",
-            CacheKind::Int8 => "attend_int8",
-        };
-        let spread = (THREADS / (shape.head_dim / 2)).max(1);
-        let area = (TILE * (shape.head_dim + 1)).max(spread * block_heads * shape.head_dim);
-        let floats = block_heads * (shape.head_dim + TILE + 2) + area;
-        let grid = [size(chunks)?, size(shape.kv_heads * passes)?, size(rows)?];
-        let launch = Launch::new(kernel, grid, size(THREADS)?, bytes_of(&argument));
-        self.gpu.launch(&launch.with_shared(size(floats * 4)?))?;
-        if chunks > 1 {
-            let grid = [size(spec.heads)?, size(rows)?, 1];
-            self.gpu.launch(&Launch::new("attend_merge", grid, size(THREADS)?, bytes_of(&argument)))?;
+        }))
+    }
+
+    /// Chunks together, where there is more than one.
+    fn merge(&self, argument: &AttendArgument, rows: usize) -> Result<(), KernelError> {
+        if argument.chunks > 1 {
+            let grid = [argument.heads, size(rows)?, 1];
+            self.gpu.launch(&Launch::new("attend_merge", grid, size(THREADS)?, bytes_of(argument)))?;
         }
         Ok(())
     }
 
     /// Keys of a chunk, so that about four blocks a processor have something to do and the scratch holds their results.
-    fn chunk(&self, keys: usize, blocks: usize, partial_floats: usize) -> usize {
+    fn chunk(&self, keys: usize, least: usize, blocks: usize, partial_floats: usize) -> usize {
         let wanted = (4 * self.gpu.processors() as usize).div_ceil(blocks.max(1));
-        let chunks = wanted.min(keys.div_ceil(LEAST_CHUNK)).min(SCRATCH / (partial_floats * 4).max(1)).max(1);
+        let chunks = wanted.min(keys.div_ceil(least)).min(SCRATCH / (partial_floats * 4).max(1)).max(1);
         keys.div_ceil(chunks).next_multiple_of(TILE)
     }
 }

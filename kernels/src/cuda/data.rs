@@ -50,6 +50,9 @@ impl<M: DeviceMemory> DeviceRows<M> {
     }
 }
 
+/// Rows up to which it is looked at whether each is of its own sequence.
+const ONE_EACH: usize = 64;
+
 /// The widest row that a block holds in registers: 16 numbers each of 1024 threads.
 const WIDEST_ROW: usize = 16384;
 
@@ -127,6 +130,12 @@ impl<M> DeviceTable<M> {
     /// What was last put there.
     pub fn places(&self) -> &[Place] {
         &self.places
+    }
+
+    /// Whether no two rows are of one sequence.
+    pub(super) fn is_one_row_each(&self) -> bool {
+        let caches = |at: usize| self.places.iter().skip(at).map(|place| place.cache);
+        self.places.len() <= ONE_EACH && caches(0).enumerate().all(|(at, cache)| caches(at + 1).all(|c| c != cache))
     }
 
     pub(super) fn last_position(&self) -> usize {

@@ -23,6 +23,8 @@ const PROGRAMMATIC: (i32, i32) = (9, 0);
 pub struct Driver {
     work: Arc<Work>,
     processors: u32,
+    /// Bytes of shared memory that one block may have.
+    shared: u32,
     capability: (i32, i32),
     /// The module that each kernel is in.
     entries: HashMap<&'static str, Ptx>,
@@ -137,10 +139,13 @@ impl Driver {
         }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = context.attribute(count).map_err(refusal("multiprocessors"))?;
+        let optin = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared = context.attribute(optin).map_err(refusal("shared memory of a block"))?;
         let entries = MODULES.iter().flat_map(|module| entries(module.text).map(|entry| (entry, *module)));
         Ok(Driver {
             work: Arc::new(Work { stream, queue: Mutex::default() }),
             processors: u32::try_from(processors).unwrap_or(1).max(1),
+            shared: u32::try_from(shared).unwrap_or(0),
             capability,
             entries: entries.collect(),
             loaded: Mutex::default(),
@@ -252,14 +257,12 @@ impl Driver {
 
     /// Lets a kernel have as much shared memory as the GPU gives one block.
     fn allow_shared(&self, handle: sys::CUfunction) -> Result<(), DriverError> {
-        let optin = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let most = self.work.stream.context().attribute(optin)?;
         let own = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
         let dynamic = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function belongs to a module that is loaded.
         unsafe {
             let own = result::function::get_function_attribute(handle, own)?;
-            result::function::set_function_attribute(handle, dynamic, most - own)
+            result::function::set_function_attribute(handle, dynamic, self.shared as i32 - own)
         }
     }
 }
@@ -300,6 +303,10 @@ impl Gpu for Driver {
 
     fn processors(&self) -> u32 {
         self.processors
+    }
+
+    fn shared(&self) -> u32 {
+        self.shared
     }
 
     fn allocate(&self, bytes: usize) -> Result<DriverMemory, KernelError> {

@@ -15,6 +15,9 @@ pub struct Ptx {
 pub static MODULES: &[Ptx] = &[
     Ptx { name: "attention", text: include_str!("../../cuda/ptx/attention.ptx") },
     Ptx { name: "embed", text: include_str!("../../cuda/ptx/embed.ptx") },
+    Ptx { name: "few_w4", text: include_str!("../../cuda/ptx/few_w4.ptx") },
+    Ptx { name: "few_w4_table", text: include_str!("../../cuda/ptx/few_w4_table.ptx") },
+    Ptx { name: "few_w8", text: include_str!("../../cuda/ptx/few_w8.ptx") },
     Ptx { name: "gemm", text: include_str!("../../cuda/ptx/gemm.ptx") },
     Ptx { name: "gemv_w4", text: include_str!("../../cuda/ptx/gemv_w4.ptx") },
     Ptx { name: "gemv_w4_table", text: include_str!("../../cuda/ptx/gemv_w4_table.ptx") },
@@ -84,6 +87,8 @@ pub trait Gpu: Send + Sync {
 
     /// Multiprocessors: how many blocks it takes to keep it busy.
     fn processors(&self) -> u32;
+    /// Bytes of shared memory that one block may have.
+    fn shared(&self) -> u32;
     /// Memory that holds nothing in particular.
     ///
     /// # Errors

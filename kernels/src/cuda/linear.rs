@@ -1,10 +1,12 @@
 //! Products with weights, and single rows of them.
 
 use super::data::{DeviceIndices, DeviceRows, DeviceVector};
+use super::few::{FEW, alike};
 use super::gpu::{DeviceMemory, Gpu, Launch};
-use super::weight::{DeviceWeight, NumbersArgument, OutliersArgument, Stored, WeightArgument};
+use super::weight::{Codes, DeviceWeight, NumbersArgument, OutliersArgument, Stored, WeightArgument};
 use super::{Cuda, SCRATCH, check, size};
 use crate::KernelError;
+use crate::ops::math::Function;
 use bytemuck::{Pod, Zeroable, bytes_of};
 
 /// Least units of K (64 values) in a part: fewer aren't worth adding.
@@ -13,8 +15,8 @@ const LEAST_PART: usize = 4;
 /// `Product` of linear.cuh.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct ProductArgument {
-    weight: WeightArgument,
+pub(super) struct ProductArgument {
+    pub(super) weight: WeightArgument,
     x: u64,
     factor: u64,
     bias: u64,
@@ -24,19 +26,29 @@ struct ProductArgument {
     accumulate: u32,
     split_units: u32,
     splits: u32,
-    also: [AlsoArgument; 2],
+    pub(super) also: [AlsoArgument; 2],
+    pub(super) rows: u64,
+    pub(super) gain: u64,
+    pub(super) k: u32,
+    pub(super) eps: f32,
+    pub(super) row_warps: u32,
+    pub(super) tiles: u32,
+    pub(super) share: u32,
+    pub(super) gate: u32,
 }
 
 /// `Also` of linear.cuh.
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 #[repr(C)]
-struct AlsoArgument {
-    codes: u64,
-    scales: NumbersArgument,
-    bias: u64,
-    out: u64,
-    n: u32,
-    first: u32,
+pub(super) struct AlsoArgument {
+    pub(super) codes: u64,
+    pub(super) zeros: u64,
+    pub(super) scales: NumbersArgument,
+    pub(super) mins: NumbersArgument,
+    pub(super) bias: u64,
+    pub(super) out: u64,
+    pub(super) n: u32,
+    pub(super) first: u32,
 }
 
 /// `Dense` of embed.cu.
@@ -79,19 +91,14 @@ struct OutlierArgument {
     k: u32,
 }
 
-/// The kernels of one kind of codes.
+/// The kernels of one kind of codes for more than 8 rows.
 struct Family {
     /// Bytes of shared memory that come before what every kind needs.
     table: usize,
-    gemv: Shape,
-    short: Shape,
-    long: Shape,
-    min: Shape,
     /// For up to 16, 32 and 64 rows: any weight, and one with many outputs.
     some: [[Shape; 2]; 3],
     /// For more rows, 64 a block; tiles of 16 outputs of each of its four warps, and blocks that keep a processor busy.
     many: (&'static str, usize, usize),
-    embed: &'static str,
 }
 
 /// A kernel of gemv.cuh: rows of activations and tiles of 16 outputs of a block, and its warps.
@@ -109,46 +116,49 @@ const fn shape(kernel: &'static str, rows: usize, tiles: usize, warps: usize) ->
 
 const W4: Family = Family {
     table: 0,
-    gemv: shape("gemv_w4", 8, 1, 8),
-    short: shape("gemv_short_w4", 8, 1, 4),
-    long: shape("gemv_long_w4", 8, 1, 16),
-    min: shape("gemv_min_w4", 8, 1, 8),
     some: [
         [shape("gemv16_w4", 16, 1, 8), shape("gemv16_wide_w4", 16, 2, 8)],
         [shape("gemv32_w4", 32, 2, 8), shape("gemv32_wide_w4", 32, 2, 4)],
         [shape("gemv64_w4", 64, 2, 8), shape("gemv64_wide_w4", 64, 2, 4)],
     ],
     many: ("gemm64_w4", 4, 1),
-    embed: "embed_w4",
 };
 const W4_TABLE: Family = Family {
     table: 1 << 16,
-    gemv: shape("gemv_w4_table", 8, 1, 8),
-    short: shape("gemv_short_w4_table", 8, 1, 8),
-    long: shape("gemv_long_w4_table", 8, 1, 16),
-    min: shape("gemv_min_w4_table", 8, 1, 8),
     some: [
         [shape("gemv16_w4_table", 16, 1, 8), shape("gemv16_wide_w4_table", 16, 2, 8)],
         [shape("gemv32_w4_table", 32, 2, 8), shape("gemv32_wide_w4_table", 32, 2, 4)],
         [shape("gemv64_w4_table", 64, 2, 8), shape("gemv64_wide_w4_table", 64, 2, 4)],
     ],
     many: ("gemm64_w4_table", 2, 2),
-    embed: "embed_w4_table",
 };
 const W8: Family = Family {
     table: 0,
-    gemv: shape("gemv_w8", 8, 1, 8),
-    short: shape("gemv_short_w8", 8, 1, 4),
-    long: shape("gemv_long_w8", 8, 1, 16),
-    min: shape("gemv_min_w8", 8, 1, 8),
     some: [
         [shape("gemv16_w8", 16, 1, 8), shape("gemv16_wide_w8", 16, 2, 8)],
         [shape("gemv32_w8", 32, 2, 8), shape("gemv32_wide_w8", 32, 2, 4)],
         [shape("gemv64_w8", 64, 2, 8), shape("gemv64_wide_w8", 64, 2, 4)],
     ],
     many: ("gemm64_w8", 4, 1),
-    embed: "embed_w8",
 };
+
+impl Codes {
+    fn family(self) -> &'static Family {
+        match self {
+            Codes::W4 => &W4,
+            Codes::W4Table => &W4_TABLE,
+            Codes::W8 => &W8,
+        }
+    }
+
+    fn embed(self) -> &'static str {
+        match self {
+            Codes::W4 => "embed_w4",
+            Codes::W4Table => "embed_w4_table",
+            Codes::W8 => "embed_w8",
+        }
+    }
+}
 
 /// One of several products with the same activations.
 pub struct DeviceProduct<'a, M> {
@@ -160,8 +170,20 @@ pub struct DeviceProduct<'a, M> {
     pub out: &'a mut DeviceRows<M>,
 }
 
+/// A norm before products: `x / rms(x) * gain`, row by row.
+pub struct DeviceNorm<'a, M> {
+    /// (rows, k).
+    pub x: &'a DeviceRows<M>,
+    /// (k).
+    pub gain: &'a DeviceVector<M>,
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// (rows, k): afterwards the normed rows, or nothing in particular.
+    pub out: &'a mut DeviceRows<M>,
+}
+
 /// Whether a product's parts fit each other; the address of its bias.
-fn check_product<M: DeviceMemory>(
+pub(super) fn check_product<M: DeviceMemory>(
     x: &DeviceRows<M>,
     rows: usize,
     weight: &DeviceWeight<M>,
@@ -178,7 +200,7 @@ fn check_product<M: DeviceMemory>(
 }
 
 impl ProductArgument {
-    fn new<G: Gpu>(
+    pub(super) fn new<G: Gpu>(
         cuda: &Cuda<G>,
         weight: &WeightArgument,
         x: &DeviceRows<G::Memory>,
@@ -199,6 +221,14 @@ impl ProductArgument {
             split_units: weight.units,
             splits: 1,
             also: [AlsoArgument { first: u32::MAX, ..AlsoArgument::default() }; 2],
+            rows: 0,
+            gain: 0,
+            k: size(x.width)?,
+            eps: 0.0,
+            row_warps: 0,
+            tiles: weight.n.div_ceil(16),
+            share: 1,
+            gate: 0,
         })
     }
 }
@@ -209,36 +239,24 @@ const PHASE: usize = 256;
 impl Family {
     /// The kernel for so many rows of activations, or none if there are too many for gemv.cuh. What is best where was
     /// measured on an H100, see `benches/CUDA.md`.
-    fn shape(&self, rows: usize, tiles: u32, weight: &WeightArgument, processors: u32) -> Option<Shape> {
-        let (tiles, units, processors) = (tiles as usize, weight.units as usize, processors as usize);
-        if rows > 8 {
-            let of_size = self.some.iter().find(|of_size| rows <= of_size[0].rows)?;
-            return Some(of_size[usize::from(tiles >= 3 * processors)]);
-        }
-        let is_table = self.table > 0;
-        let many = if is_table { 8 * processors } else { 3 * processors };
-        Some(match () {
-            () if weight.zero_kind != 0 => self.min,
-            () if tiles >= many && units <= 32 => self.short,
-            () if tiles <= processors && units >= 96 => self.long,
-            () => self.gemv,
-        })
+    fn shape(&self, rows: usize, tiles: u32, processors: u32) -> Option<Shape> {
+        let of_size = self.some.iter().find(|of_size| rows <= of_size[0].rows)?;
+        Some(of_size[usize::from(tiles >= 3 * processors)])
     }
 }
 
 impl<G: Gpu> Cuda<G> {
-    /// Makes the first `rows` rows of `x` ready for products: until `x` changes, [`Cuda::multiply`] may be called with
-    /// them any number of times.
+    /// Makes the first `rows` rows of `x` ready for products, once and for all of them: until `x` changes. Products do it
+    /// by themselves where nobody did.
     ///
     /// # Errors
     /// There are not so many.
-    pub fn prepare(&self, x: &mut DeviceRows<G::Memory>, rows: usize) -> Result<(), KernelError> {
+    pub fn prepare(&self, x: &DeviceRows<G::Memory>, rows: usize) -> Result<(), KernelError> {
         x.check("activations", rows, x.width)?;
         if x.packed.get() >= rows { Ok(()) } else { self.pack(x, rows) }
     }
 
-    /// `out = x * weight^T (+ bias) (+ out if accumulate)`, for `rows` rows of `x` that [`Cuda::prepare`] was called
-    /// with.
+    /// `out = x * weight^T (+ bias) (+ out if accumulate)`, for `rows` rows of `x`.
     ///
     /// # Errors
     /// Shapes don't fit each other.
@@ -251,17 +269,21 @@ impl<G: Gpu> Cuda<G> {
         accumulate: bool,
         out: &mut DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
-        let bias = check_product(x, rows, weight, bias, out)?;
-        if weight.n == 0 {
+        let address = check_product(x, rows, weight, bias, out)?;
+        if weight.n == 0 || rows == 0 {
             return Ok(());
         }
         match &weight.stored {
-            Stored::W4(argument) => self.coded(&W4, argument, x, rows, bias, accumulate, out)?,
-            Stored::W4Table(argument) => self.coded(&W4_TABLE, argument, x, rows, bias, accumulate, out)?,
-            Stored::W8(argument) => self.coded(&W8, argument, x, rows, bias, accumulate, out)?,
-            Stored::F32(at) => self.dense("dense_f32", *at, weight, x, rows, bias, accumulate, out)?,
-            Stored::F16(at) => self.dense("dense_f16", *at, weight, x, rows, bias, accumulate, out)?,
-            Stored::Bf16(at) => self.dense("dense_bf16", *at, weight, x, rows, bias, accumulate, out)?,
+            Stored::Codes(..) if rows <= FEW => {
+                self.few(x, None, rows, &mut [DeviceProduct { weight, bias, out: &mut *out }], accumulate, None)?;
+            }
+            Stored::Codes(codes, argument) => {
+                self.prepare(x, rows)?;
+                self.many(codes.family(), argument, x, rows, address, accumulate, out)?;
+            }
+            Stored::F32(at) => self.dense("dense_f32", *at, weight, x, rows, address, accumulate, out)?,
+            Stored::F16(at) => self.dense("dense_f16", *at, weight, x, rows, address, accumulate, out)?,
+            Stored::Bf16(at) => self.dense("dense_bf16", *at, weight, x, rows, address, accumulate, out)?,
         }
         self.add_outliers(x, rows, weight, out)
     }
@@ -277,77 +299,71 @@ impl<G: Gpu> Cuda<G> {
         rows: usize,
         products: &mut [DeviceProduct<'_, G::Memory>],
     ) -> Result<(), KernelError> {
-        if let Some(launched) = self.together(x, rows, products)? {
-            products[..launched]
-                .iter_mut()
-                .try_for_each(|product| self.add_outliers(x, rows, product.weight, product.out))?;
-            return self.multiply_all(x, rows, &mut products[launched..]);
-        }
-        for product in products {
-            self.multiply(x, rows, product.weight, product.bias, false, product.out)?;
+        let mut rest = products;
+        while let Some(first) = rest.first() {
+            let (together, others) = rest.split_at_mut(if rows <= FEW { alike(first.weight, &rest[1..]) } else { 1 });
+            match together {
+                [one] => self.multiply(x, rows, one.weight, one.bias, false, one.out)?,
+                _ => self.few(x, None, rows, together, false, None)?,
+            }
+            rest = others;
         }
         Ok(())
     }
 
-    /// Launches the first of the products together, if more than one of them can be, and says how many.
-    fn together(
+    /// A norm and products of what it gives, without another launch where rows are few.
+    ///
+    /// # Errors
+    /// As [`Cuda::rms_norm`] and [`Cuda::multiply`].
+    pub fn norm_and_multiply(
         &self,
-        x: &DeviceRows<G::Memory>,
+        norm: DeviceNorm<'_, G::Memory>,
         rows: usize,
         products: &mut [DeviceProduct<'_, G::Memory>],
-    ) -> Result<Option<usize>, KernelError> {
-        let Some((first, others)) = products.split_first_mut() else { return Ok(None) };
-        let (family, argument) = match &first.weight.stored {
-            Stored::W4(argument) => (&W4, argument),
-            Stored::W4Table(argument) => (&W4_TABLE, argument),
-            Stored::W8(argument) => (&W8, argument),
-            Stored::F32(_) | Stored::F16(_) | Stored::Bf16(_) => return Ok(None),
-        };
-        let alike = |other: &DeviceProduct<'_, G::Memory>| match (&first.weight.stored, &other.weight.stored) {
-            (Stored::W4(a), Stored::W4(b))
-            | (Stored::W4Table(a), Stored::W4Table(b))
-            | (Stored::W8(a), Stored::W8(b)) => a.is_alike(b),
-            _ => false,
-        };
-        let count = others.iter().take(2).take_while(|other| alike(other)).count();
-        if count == 0 || rows == 0 || rows > 8 || argument.zero_kind != 0 || argument.n == 0 {
-            return Ok(None);
+    ) -> Result<(), KernelError> {
+        let is_pure = products.iter().all(|product| product.weight.pure_codes().is_some());
+        if !is_pure || !self.norms_within(&norm, rows, products)? {
+            self.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
+            return self.multiply_all(norm.out, rows, products);
         }
-        let others = &mut others[..count];
-        let bias = check_product(x, rows, first.weight, first.bias, first.out)?;
-        let mut product = ProductArgument::new(self, argument, x, rows, bias, false, first.out)?;
-        let mut tiles = argument.n.div_ceil(16);
-        for (also, other) in product.also.iter_mut().zip(others) {
-            let bias = check_product(x, rows, other.weight, other.bias, other.out)?;
-            let (Stored::W4(weight) | Stored::W4Table(weight) | Stored::W8(weight)) = &other.weight.stored else {
-                continue;
-            };
-            let (codes, scales) = weight.codes_and_scales();
-            *also = AlsoArgument { codes, scales, bias, out: other.out.values.address(), n: weight.n, first: tiles };
-            tiles += weight.n.div_ceil(16);
+        let mut rest = products;
+        while let Some(first) = rest.first() {
+            let (together, others) = rest.split_at_mut(alike(first.weight, &rest[1..]));
+            self.few(norm.x, Some((norm.gain, norm.eps)), rows, together, false, None)?;
+            rest = others;
         }
-        self.few(family, family.shape(rows, tiles, argument, self.gpu.processors()), rows, tiles, &product)?;
-        Ok(Some(1 + count))
+        Ok(())
     }
 
-    /// Launches a kernel of gemv.cuh over so many tiles.
-    fn few(
+    /// `gate.out = function(x * gate^T) * (x * up^T)` of normed rows; without a launch for the norm or the gate where rows
+    /// are few, and then nothing in particular is left in `up.out`.
+    ///
+    /// # Errors
+    /// As [`Cuda::rms_norm`], [`Cuda::multiply`] and [`Cuda::gate`].
+    pub fn norm_and_gate(
         &self,
-        family: &Family,
-        shape: Option<Shape>,
+        norm: DeviceNorm<'_, G::Memory>,
         rows: usize,
-        tiles: u32,
-        product: &ProductArgument,
-    ) -> Result<bool, KernelError> {
-        let Some(shape) = shape else { return Ok(false) };
-        let scales = (product.weight.units as usize).min(PHASE / shape.tiles) * shape.tiles * 128;
-        let mins = if product.weight.zero_kind == 0 { 0 } else { scales };
-        let held = if family.table > 0 { family.table + mins } else { scales + mins };
-        let shared = held.max(shape.warps * shape.tiles * 640);
-        let grid = [tiles.div_ceil(size(shape.tiles)?), size(rows.div_ceil(shape.rows))?, 1];
-        let launch = Launch::new(shape.kernel, grid, size(32 * shape.warps)?, bytes_of(product));
-        self.gpu.launch(&launch.with_shared(size(shared)?))?;
-        Ok(true)
+        function: Function,
+        gate: DeviceProduct<'_, G::Memory>,
+        up: DeviceProduct<'_, G::Memory>,
+    ) -> Result<(), KernelError> {
+        let mut products = [gate, up];
+        let is_pair = {
+            let [gate, up] = &products;
+            let is_pure = gate.weight.pure_codes().is_some() && up.weight.pure_codes().is_some();
+            is_pure && gate.weight.n == up.weight.n && alike(gate.weight, &products[1..]) == 2
+        };
+        if is_pair && (1..=FEW).contains(&rows) {
+            if self.norms_within(&norm, rows, &products)? {
+                return self.few(norm.x, Some((norm.gain, norm.eps)), rows, &mut products, false, Some(function));
+            }
+            self.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
+            return self.few(norm.out, None, rows, &mut products, false, Some(function));
+        }
+        self.norm_and_multiply(norm, rows, &mut products)?;
+        let [gate, up] = products;
+        self.gate(function, gate.out, up.out, rows)
     }
 
     fn add_outliers(
@@ -365,7 +381,7 @@ impl<G: Gpu> Cuda<G> {
     }
 
     #[allow(clippy::too_many_arguments)] // a product, and which kernels it is for
-    fn coded(
+    fn many(
         &self,
         family: &Family,
         weight: &WeightArgument,
@@ -378,9 +394,8 @@ impl<G: Gpu> Cuda<G> {
         let (n, units) = (weight.n as usize, weight.units as usize);
         let mut product = ProductArgument::new(self, weight, x, rows, bias, accumulate, out)?;
         let tiles = weight.n.div_ceil(16);
-        let shape = family.shape(rows, tiles, weight, self.gpu.processors());
-        if self.few(family, shape, rows, tiles, &product)? {
-            return Ok(());
+        if let Some(shape) = family.shape(rows, tiles, self.gpu.processors()) {
+            return self.some(family, shape, rows, tiles, &product);
         }
         let (kernel, tiles, busy) = family.many;
         let (tokens, outputs) = (64, 4 * 16 * tiles);
@@ -396,6 +411,24 @@ impl<G: Gpu> Cuda<G> {
             self.gpu.launch(&Launch::new("gemm_sum", grid, 256, bytes_of(&product)))?;
         }
         Ok(())
+    }
+
+    /// Launches a kernel of gemv.cuh over so many tiles.
+    fn some(
+        &self,
+        family: &Family,
+        shape: Shape,
+        rows: usize,
+        tiles: u32,
+        product: &ProductArgument,
+    ) -> Result<(), KernelError> {
+        let scales = (product.weight.units as usize).min(PHASE / shape.tiles) * shape.tiles * 128;
+        let mins = if product.weight.zero_kind == 0 { 0 } else { scales };
+        let held = if family.table > 0 { family.table + mins } else { scales + mins };
+        let shared = held.max(shape.warps * shape.tiles * 640);
+        let grid = [tiles.div_ceil(size(shape.tiles)?), size(rows.div_ceil(shape.rows))?, 1];
+        let launch = Launch::new(shape.kernel, grid, size(32 * shape.warps)?, bytes_of(product));
+        self.gpu.launch(&launch.with_shared(size(shared)?))
     }
 
     /// Parts of K that keep the device busy with so many blocks a processor, as many as the scratch holds sums of.
@@ -448,10 +481,8 @@ impl<G: Gpu> Cuda<G> {
         out.check("embeddings", tokens.len(), weight.k)?;
         out.changes();
         let rows = self.set_indices(indices, tokens, weight.n)?;
-        let (family, argument) = match &weight.stored {
-            Stored::W4(argument) => (&W4, argument),
-            Stored::W4Table(argument) => (&W4_TABLE, argument),
-            Stored::W8(argument) => (&W8, argument),
+        let (codes, argument) = match &weight.stored {
+            Stored::Codes(codes, argument) => (codes, argument),
             Stored::F32(at) => return self.embed_dense("embed_f32", *at, weight, rows, tokens.len(), factor, out),
             Stored::F16(at) => return self.embed_dense("embed_f16", *at, weight, rows, tokens.len(), factor, out),
             Stored::Bf16(at) => return self.embed_dense("embed_bf16", *at, weight, rows, tokens.len(), factor, out),
@@ -464,7 +495,7 @@ impl<G: Gpu> Cuda<G> {
             width: size(weight.k)?,
             factor,
         };
-        self.gpu.launch(&Launch::new(family.embed, [size(tokens.len())?, 1, 1], 256, bytes_of(&argument)))
+        self.gpu.launch(&Launch::new(codes.embed(), [size(tokens.len())?, 1, 1], 256, bytes_of(&argument)))
     }
 
     #[allow(clippy::too_many_arguments)] // a lookup, and which kernel it is for

@@ -17,20 +17,31 @@ const UNIT: usize = 64;
 pub(super) struct NumbersArgument {
     first: u64,
     second: u64,
-    kind: u32,
+    pub(super) kind: u32,
     bias: f32,
-    spans: u32,
+    pub(super) spans: u32,
     span_magic: u32,
+}
+
+/// Kinds of numbers, as linear.cuh counts them.
+pub(super) const NUMBERS_F16: u32 = 0;
+pub(super) const NUMBERS_CODED: u32 = 2;
+
+impl NumbersArgument {
+    fn is_alike(&self, other: &NumbersArgument) -> bool {
+        let rest = |n: &NumbersArgument| (n.kind, n.bias.to_bits(), n.spans, n.span_magic);
+        rest(self) == rest(other)
+    }
 }
 
 /// `Weight` of linear.cuh.
 #[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct WeightArgument {
-    codes: u64,
-    zeros: u64,
-    scales: NumbersArgument,
-    mins: NumbersArgument,
+    pub(super) codes: u64,
+    pub(super) zeros: u64,
+    pub(super) scales: NumbersArgument,
+    pub(super) mins: NumbersArgument,
     table_lo: [u32; 4],
     table_hi: [u32; 4],
     pub(super) n: u32,
@@ -43,15 +54,13 @@ pub(super) struct WeightArgument {
 }
 
 impl WeightArgument {
-    /// Whether one launch can multiply with both: nothing differs but codes, scales and the number of rows.
+    /// Whether one launch can multiply with both: nothing differs but codes, numbers of one kind and how many rows there
+    /// are.
     pub(super) fn is_alike(&self, other: &WeightArgument) -> bool {
-        let rest = |w: &WeightArgument| (w.table_lo, w.table_hi, w.units, w.groups, w.group_magic, w.zero_kind);
-        rest(self) == rest(other) && self.zero == other.zero
-    }
-
-    /// What of it differs between weights that are alike.
-    pub(super) fn codes_and_scales(&self) -> (u64, NumbersArgument) {
-        (self.codes, self.scales)
+        let rest = |w: &WeightArgument| {
+            (w.table_lo, w.table_hi, w.units, w.groups, w.group_magic, w.zero_kind, w.zero.to_bits())
+        };
+        rest(self) == rest(other) && self.scales.is_alike(&other.scales) && self.mins.is_alike(&other.mins)
     }
 }
 
@@ -64,15 +73,22 @@ pub(super) struct OutliersArgument {
     values: u64,
 }
 
+/// What codes are; kernels' names end with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Codes {
+    /// 4 bits, level = code.
+    W4,
+    /// 4 bits through a table.
+    W4Table,
+    /// 8 bits.
+    W8,
+}
+
 /// How a weight is stored, and by which kernels it is read.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Stored {
-    /// 4-bit codes, level = code.
-    W4(WeightArgument),
-    /// 4-bit codes through a table.
-    W4Table(WeightArgument),
-    /// 8-bit codes.
-    W8(WeightArgument),
+    /// Codes and scales.
+    Codes(Codes, WeightArgument),
     /// Row-major numbers.
     F32(u64),
     /// Row-major numbers.
@@ -107,6 +123,14 @@ impl<M: DeviceMemory> DeviceWeight<M> {
     /// What its codes are.
     pub fn kind(&self) -> WeightKind {
         self.kind
+    }
+
+    /// Its codes, if it has some and nothing lies outside of their grid.
+    pub(super) fn pure_codes(&self) -> Option<(Codes, &WeightArgument)> {
+        match &self.stored {
+            Stored::Codes(codes, argument) if self.outliers.is_none() => Some((*codes, argument)),
+            _ => None,
+        }
     }
 
     /// Bytes on the device, padding included.
@@ -146,9 +170,9 @@ impl<G: Gpu> Cuda<G> {
             Body::Grid(grid) => {
                 let argument = grid_argument(&mut upload, n, k, grid)?;
                 match grid.levels {
-                    Levels::Linear4 => Stored::W4(argument),
-                    Levels::Linear8 => Stored::W8(argument),
-                    Levels::Table4(_) | Levels::FloatTable4(_) => Stored::W4Table(argument),
+                    Levels::Linear4 => Stored::Codes(Codes::W4, argument),
+                    Levels::Linear8 => Stored::Codes(Codes::W8, argument),
+                    Levels::Table4(_) | Levels::FloatTable4(_) => Stored::Codes(Codes::W4Table, argument),
                 }
             }
         };

@@ -116,6 +116,7 @@ pub(super) fn operation(words: &[&str]) -> Result<(Op, usize), Refusal> {
         ["cp", "async", "commit_group"] => Ok((Op::CopyCommit, 0)),
         ["cp", "async", "wait_group"] => Ok((Op::CopyWait(0), 0)),
         ["bar", "sync"] => Ok((Op::Barrier, 0)),
+        ["bar", "warp", "sync"] => Ok((Op::WarpBarrier, 0)),
         ["bra"] | ["bra", "uni"] => Ok((Op::Branch(0), 0)),
         ["ret"] => Ok((Op::Return, 0)),
         ["shfl", "sync", "bfly", "b32"] => Ok((Op::ShuffleXor, 1)),
