@@ -4,6 +4,7 @@
 //! runs the float model and its quantized form, without anything to install. With the feature `ort` there is also `Ort`,
 //! ONNX Runtime out of its shared library.
 
+mod integers;
 #[cfg(feature = "ort")]
 mod ort;
 mod rten;

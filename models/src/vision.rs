@@ -16,3 +16,4 @@ pub mod picture;
 pub mod prepare;
 pub mod pth;
 pub mod text;
+mod windows;

@@ -1,7 +1,7 @@
 //! Reports as a browser shows them: a headless Chromium opens the page, uses its filter, its sorting and its tips, and says what
 //! it sees. Without one (scripts/test.sh installs it where it may) only the text is looked at.
 
-use super::vision::place;
+use super::vision::{QUANTIZE, place};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,9 +23,9 @@ const WATCH: &str = "<script>window.problems = [];
 addEventListener('error', (e) => problems.push(String(e.message)), true);
 console.error = console.warn = (...words) => problems.push(words.join(' '));</script>";
 
-/// Runs after it.
+/// Runs after it, with the parts that have bars and distributions in place of BARS and PLOTS.
 const USE: &str = "<script>
-const bars = document.querySelector('#part1');
+const bars = document.querySelector('BARS');
 const seen = () => [...bars.querySelectorAll('li')].filter((li) => li.offsetParent).map((li) => li.dataset.name);
 const seenBefore = seen();
 bars.querySelector('.sort').click();
@@ -39,7 +39,7 @@ bars.querySelector('li[data-name=\"Conv.c2\"]').focus();
 const tip = document.querySelector('#tip');
 const told = tip.hidden ? '' : tip.textContent;
 document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape' }));
-const details = document.querySelector('#part3 details');
+const details = document.querySelector('PLOTS details');
 details.open = true;
 const box = (of) => { const r = of.getBoundingClientRect(); return [r.width, r.height]; };
 document.body.dataset.outcome = JSON.stringify({
@@ -73,31 +73,22 @@ fn opened(browser: &Path, page: &Path, width: u32) -> Value {
     .unwrap()
 }
 
-#[test]
-fn a_report_works_in_a_browser() {
-    let place = place();
-    let words =
-        ["vision", "diagnose", "model.onnx", "--calib", "calib.npy", "--data", "eval.npy", "--report", "page.html"];
-    place.run(&words).ok();
-    let html = std::fs::read_to_string(place.path("page.html")).unwrap();
-    for part in ["Conv.c1", "Gemm.logits", "w2", "nibble vision diagnose model.onnx", "Where the error comes from"] {
-        assert!(html.contains(part), "{part}");
-    }
-    assert!(!html.contains("://"), "nothing is fetched");
-    assert!(place.run(&words).error(1).contains("is there already"));
-    let Some(browser) = browser() else { return };
+/// Opens a page in windows of two widths and uses it.
+fn used(browser: &Path, html: &str, folder: &Path, [bars, plots]: [&str; 2]) {
+    let script = USE.replace("BARS", bars).replace("PLOTS", plots);
     let watched =
-        html.replacen("<head>", &format!("<head>{WATCH}"), 1).replacen("</body>", &format!("{USE}</body>"), 1);
-    std::fs::write(place.path("watched.html"), watched).unwrap();
+        html.replacen("<head>", &format!("<head>{WATCH}"), 1).replacen("</body>", &format!("{script}</body>"), 1);
+    let page = folder.join("watched.html");
+    std::fs::write(&page, watched).unwrap();
     for width in [1200, 500] {
-        let found = opened(&browser, &place.path("watched.html"), width);
+        let found = opened(browser, &page, width);
         assert_eq!((&found["problems"], &found["ready"]), (&Value::Array(Vec::new()), &Value::from("yes")), "{found}");
         let names = |key: &str| {
             found[key].as_array().unwrap().iter().map(|n| n.as_str().unwrap().to_owned()).collect::<Vec<String>>()
         };
         assert_eq!(names("seenBefore"), ["Conv.c1", "Conv.c2", "Gemm.logits"]);
         let mut sorted = names("sorted");
-        assert_ne!(sorted, names("seenBefore"), "the least sensitive layer of this model comes first in its order");
+        assert_ne!(sorted, names("seenBefore"), "the least of this model's layers comes first in its order");
         sorted.sort();
         assert_eq!(sorted, names("seenBefore"));
         assert_eq!(names("filtered"), ["Conv.c2"]);
@@ -109,4 +100,46 @@ fn a_report_works_in_a_browser() {
         );
         assert_eq!(found["overflow"], 0, "{width}: nothing is wider than the window");
     }
+}
+
+#[test]
+fn a_report_of_a_diagnosis_works_in_a_browser() {
+    let place = place();
+    let words =
+        ["vision", "diagnose", "model.onnx", "--calib", "calib.npy", "--data", "eval.npy", "--report", "page.html"];
+    place.run(&words).ok();
+    let html = std::fs::read_to_string(place.path("page.html")).unwrap();
+    for part in ["Conv.c1", "Gemm.logits", "w2", "nibble vision diagnose model.onnx", "Where the error comes from"] {
+        assert!(html.contains(part), "{part}");
+    }
+    assert!(!html.contains("://"), "nothing is fetched");
+    assert!(place.run(&words).error(1).contains("is there already"));
+    let Some(browser) = browser() else { return };
+    used(&browser, &html, &place.path("."), ["#part1", "#part3"]);
+}
+
+#[test]
+fn a_report_of_a_quantization_works_in_a_browser() {
+    let place = place();
+    let words = [&QUANTIZE[..], &["--report", "page.html"]].concat();
+    place.run(&words).ok();
+    let html = std::fs::read_to_string(place.path("page.html")).unwrap();
+    let recipe = format!("nibble {}", words.join(" "));
+    for part in ["Conv.c1", "Gemm.logits", "w2", recipe.as_str(), "The whole", "logits: SQNR dB", "int8"] {
+        assert!(html.contains(part), "{part}");
+    }
+    assert!(!html.contains("://"), "nothing is fetched");
+    assert!(place.run(&[&words[..], &["--force"]].concat()).ok().contains("in integers"));
+    let again =
+        place.run(&[&words[..3], &["-o", "other.onnx", "--calib", "calib.npy", "--report", "page.html"]].concat());
+    assert!(again.error(1).contains("page.html"), "{}", again.stderr);
+    // With a goal, what was measured on the way is there, and which layers stayed float.
+    let goal = ["--report", "goal.html", "--target-sqnr", "48", "--judge", "eval.npy", "--force"];
+    place.run(&[&QUANTIZE[..], &goal].concat()).ok();
+    let found = std::fs::read_to_string(place.path("goal.html")).unwrap();
+    assert!(found.contains("Models that were measured") && found.contains("float"), "the goal's page");
+    let dynamic = place.run(&[&QUANTIZE[..], &["--mode", "dynamic", "--report", "d.html", "--force"]].concat());
+    assert!(dynamic.error(2).contains("static quantization alone"), "{}", dynamic.stderr);
+    let Some(browser) = browser() else { return };
+    used(&browser, &html, &place.path("."), ["#part3", "#part4"]);
 }

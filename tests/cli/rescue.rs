@@ -61,8 +61,14 @@ fn a_goal_is_reached_or_refused() {
     let told = place.run(&[&QUANTIZE[..], &["--force", "--target-agreement", "100"]].concat());
     assert!(told.ok().contains("models measured"), "{}", told.stdout);
     assert!(quantize(&["--max-size", "0.0001"]).error(1).contains("with all layers in integers"));
+    // Time is measured: everything fits into a hundred times the float model's, and nothing into a ten-thousandth.
+    let fits = quantize(&["--max-latency", "100", "--rounds", "2"]).json();
+    assert!(fits["mixed"]["chosen"]["measured"].as_f64().unwrap() <= 100.0 && fits["quantized_nodes"] == 0, "{fits}");
+    assert!(quantize(&["--max-latency", "0.0001", "--rounds", "2"]).error(1).contains("with all layers in integers"));
     for (words, says) in [
-        (&["--target-agreement", "101"][..], "a share from 0 to 100"),
+        (&["--rounds", "3"][..], "--max-latency"),
+        (&["--max-latency", "0.5", "--max-size", "1"], "cannot be used with"),
+        (&["--target-agreement", "101"], "a share from 0 to 100"),
         (&["--target-accuracy", "90"], "--labels"),
         (&["--target-sqnr", "30", "--max-size", "1"], "cannot be used with"),
         (&["--target-sqnr", "30", "--mode", "dynamic"], "static quantization alone"),

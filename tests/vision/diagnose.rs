@@ -1,10 +1,11 @@
 //! Diagnosis: what is found by running a part again is what whole models give, and figures are those of the values.
 
-use super::{cnn, gelu, mlp, options, samples};
-use nibble_models::graph::{GraphRunner, Rten, Tensor, fold_model, inputs};
+use super::{cnn, finish, gelu, mlp, options, samples};
+use crate::small::{constant, model, node};
+use nibble_models::graph::{GraphRunner, Rten, Tensor, Values, fold_model, inputs};
 use nibble_models::vision::calibrate::CalibrateOptions;
 use nibble_models::vision::data::{Data, DataOptions};
-use nibble_models::vision::diagnose::{Sensitivity, State, Tally, numbers, sensitivity};
+use nibble_models::vision::diagnose::{Sensitivity, SensitivityOptions, State, Tally, numbers, sensitivity};
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare};
 use nibble_quant::observer::choose;
 use nibble_quant::onnx::{Model, Selector, Settings};
@@ -24,8 +25,13 @@ pub(super) fn prepared(float: &Model, file: &Path, observer: &str) -> Prepared {
     prepare(model, folded, &Settings::default(), &data, Equalize::Channels, &calibrating(observer), &mut || ()).unwrap()
 }
 
+/// Every layer by itself.
+fn apart(threads: usize) -> SensitivityOptions<'static> {
+    SensitivityOptions { labels: None, threads, apart: true, only: &[], stop: &STOP }
+}
+
 fn found(prepared: &Prepared, data: &Data, threads: usize, state: &mut State) -> Sensitivity {
-    sensitivity(prepared, data, None, threads, state, &STOP, &|| ()).unwrap()
+    sensitivity(prepared, data, &apart(threads), state, &|| ()).unwrap()
 }
 
 /// The error of a model over samples, run whole.
@@ -85,6 +91,101 @@ fn running_what_comes_after_a_layer_gives_what_whole_models_give() {
     }
 }
 
+/// Two linear layers that read the input, and one that reads their sum.
+fn fork() -> Model {
+    let linear = |x: &str, n: usize, y: &str| {
+        [
+            node("MatMul", &[x, &format!("w{n}")], &format!("p{n}")),
+            node("Add", &[&format!("p{n}"), &format!("b{n}")], y),
+        ]
+    };
+    let nodes = [
+        linear("x", 1, "h"),
+        linear("x", 2, "g"),
+        [node("Relu", &["h"], "r"), node("Add", &["r", "g"], "sum")],
+        linear("sum", 3, "y"),
+    ]
+    .concat();
+    let constants = [("w1", [32, 64]), ("w2", [32, 64]), ("w3", [64, 16])];
+    let matrices = constants.iter().enumerate().map(|(i, (name, dims))| constant(name, dims, i as u32 + 1));
+    let biases = [("b1", 64), ("b2", 64), ("b3", 16)].map(|(name, n)| constant(name, &[n], 9));
+    finish(model(nodes, matrices.chain(biases).collect(), ("x", &[1, 5, 32]), &["y"]), &[1, 5, 16])
+}
+
+#[test]
+fn layers_that_read_the_same_tensor_are_looked_at_together() {
+    let place = tempfile::tempdir().unwrap();
+    let float = fork();
+    let file = samples(&float, 4, place.path());
+    let prepared = prepared(&float, &file, "minmax");
+    let data = Data::open(&file, &inputs(&float), options()).unwrap();
+    let together = SensitivityOptions { apart: false, ..apart(2) };
+    let found = sensitivity(&prepared, &data, &together, &mut State::none(), &|| ()).unwrap();
+    let rows: Vec<(&str, &[String])> = found.layers.iter().map(|l| (l.layer.node.as_str(), &l.with[..])).collect();
+    assert_eq!(rows, [("MatMul.p1", &["MatMul.p2".to_owned()][..]), ("MatMul.p3", &[][..])]);
+    let both: Vec<Selector> = ["MatMul.p1", "MatMul.p2"].map(|name| name.parse().unwrap()).to_vec();
+    let [only, without] = found.tallies[0];
+    for (settings, tally) in [
+        (Settings { include: both.clone(), ..Settings::default() }, only),
+        (Settings { exclude: both, ..Settings::default() }, without),
+    ] {
+        let (_, other) = prepared.quantize_with(&settings).unwrap();
+        let wanted = whole(&prepared.model, &other, &data);
+        assert!(tally.noise > 0.0 && near(&tally, &wanted), "{tally:?}, {wanted:?}");
+    }
+    // A pattern leaves one of them.
+    let only = ["MatMul.p2".parse::<Selector>().unwrap()];
+    let one = SensitivityOptions { only: &only, ..together };
+    let found = sensitivity(&prepared, &data, &one, &mut State::none(), &|| ()).unwrap();
+    assert_eq!((found.layers.len(), found.layers[0].layer.node.as_str()), (1, "MatMul.p2"));
+}
+
+/// Integers multiplied as integers are what they mean multiplied in floats.
+#[test]
+fn the_engines_fast_form_of_a_quantized_model_is_the_same_function() {
+    let place = tempfile::tempdir().unwrap();
+    for (name, float) in [("cnn", cnn()), ("products", mlp(&[1, 5, 32], false)), ("gelu", gelu()), ("fork", fork())] {
+        let file = samples(&float, 3, place.path());
+        let prepared = prepared(&float, &file, "minmax");
+        let data = Data::open(&file, &inputs(&float), options()).unwrap();
+        for per_channel in [true, false] {
+            let mut settings = prepared.plan.settings.clone();
+            settings.weights.per_channel = per_channel;
+            let (_, quantized) = prepared.quantize_with(&settings).unwrap();
+            let wanted: Vec<String> = quantized
+                .graph()
+                .node
+                .iter()
+                .filter(|n| ["MatMul", "QuantizeLinear"].contains(&n.op_type()))
+                .map(|n| n.out().to_owned())
+                .collect();
+            let [plain, packed] = [Rten::new, Rten::packed].map(|new| new(&quantized, &wanted, 1).unwrap());
+            data.each(&mut |sample, _| {
+                let (a, b) = (plain.run(&sample, &wanted)?, packed.run(&sample, &wanted)?);
+                for ((of, a), b) in wanted.iter().zip(&a).zip(&b) {
+                    assert_eq!(a.dims, b.dims, "{name}, {of}");
+                    match (&a.values, &b.values) {
+                        (Values::Int(a), Values::Int(b)) => {
+                            // A sum in another order may end on the other side of a half.
+                            let off = a.iter().zip(b).filter(|(x, y)| x != y).count();
+                            let most = a.iter().zip(b).map(|(x, y)| x.abs_diff(*y)).max().unwrap_or(0);
+                            assert!(off * 50 <= a.len() && most <= 1, "{name}, {of}: {off} of {}, by {most}", a.len());
+                        }
+                        (Values::Float(a), Values::Float(b)) => {
+                            let largest = a.iter().fold(0f32, |m, v| m.max(v.abs()));
+                            let off = a.iter().zip(b).fold(0f32, |m, (x, y)| m.max((x - y).abs()));
+                            assert!(off <= 0.02 * largest, "{name}, {of}: {off} of {largest}");
+                        }
+                        other => panic!("{name}, {of}: {other:?}"),
+                    }
+                }
+                Ok(true)
+            })
+            .unwrap();
+        }
+    }
+}
+
 #[test]
 fn a_diagnosis_goes_on_where_it_was_stopped_and_does_not_depend_on_threads() {
     let place = tempfile::tempdir().unwrap();
@@ -111,12 +212,13 @@ fn a_diagnosis_goes_on_where_it_was_stopped_and_does_not_depend_on_threads() {
     let mut symmetric = prepared.clone();
     symmetric.plan.settings.weights.bits = 7;
     let mut state = State::open(&path).unwrap();
-    let error = sensitivity(&symmetric, &data(None), None, 1, &mut state, &STOP, &|| ()).unwrap_err().to_string();
+    let error = sensitivity(&symmetric, &data(None), &apart(1), &mut state, &|| ()).unwrap_err().to_string();
     assert!(error.contains("state.json") && error.contains("of other settings"), "{error}");
     std::fs::write(&path, &first[..first.len() / 2]).unwrap();
     assert!(State::open(&path).unwrap_err().to_string().contains("state.json: holds no state"));
     let labels = [0usize; 3];
-    let error = sensitivity(&prepared, &data(None), Some(&labels), 1, &mut State::none(), &STOP, &|| ());
+    let labelled = SensitivityOptions { labels: Some(&labels), ..apart(1) };
+    let error = sensitivity(&prepared, &data(None), &labelled, &mut State::none(), &|| ());
     assert!(error.unwrap_err().to_string().contains("3 of them"));
 }
 

@@ -16,7 +16,7 @@ fn a_goal_is_reached_with_as_few_upgrades_as_it_takes_and_measured() {
         let file = samples(&float, 6, place.path());
         let prepared = prepared(&float, &file, "minmax");
         let data = Data::open(&file, &inputs(&float), options()).unwrap();
-        let judge = Judge { data: &data, labels: None, threads: 1, stop: &stop };
+        let judge = Judge { data: &data, labels: None, threads: 1, timer: None, stop: &stop };
         let find = |goal| allocate(&prepared, goal, &data, &judge, &|_| ());
         let plain = find(Goal::Sqnr(0.0)).unwrap();
         let db = plain.chosen.sqnr_db.unwrap();

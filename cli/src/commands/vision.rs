@@ -10,6 +10,7 @@ mod mixed;
 mod page;
 mod qat;
 mod quantize;
+mod quantized;
 mod recipe;
 mod train;
 

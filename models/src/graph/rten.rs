@@ -1,6 +1,6 @@
 //! The embedded engine: rten, a pure Rust runtime that loads ONNX.
 
-use super::{GraphRunner, Input, Packed, Tensor, Values, asking_for, inputs, refuse};
+use super::{GraphRunner, Input, Packed, Tensor, Values, asking_for, inputs, integers, refuse};
 use crate::Result;
 use nibble_quant::onnx::Model;
 use nibble_quant::onnx::proto::{AttributeProto, GraphProto, ModelProto};
@@ -22,11 +22,28 @@ impl Rten {
     /// # Errors
     /// An operator that rten doesn't have, by its node, or a graph that it can't load.
     pub fn new(model: &Model, kept: &[String], threads: usize) -> Result<Rten> {
+        Rten::with(model, kept, threads, ModelOptions::with_all_ops())
+    }
+
+    /// The same for many runs: weights are kept a second time, as products want them, and products of integers are
+    /// computed in integers where that is exact.
+    ///
+    /// # Errors
+    /// As [`Rten::new`].
+    pub fn packed(model: &Model, kept: &[String], threads: usize) -> Result<Rten> {
+        let mut options = ModelOptions::with_all_ops();
+        options.prepack_weights(true);
+        match integers::exact() {
+            true => Rten::with(&integers::spelled_out(model)?, kept, threads, options),
+            false => Rten::with(model, kept, threads, options),
+        }
+    }
+
+    fn with(model: &Model, kept: &[String], threads: usize, mut options: ModelOptions) -> Result<Rten> {
         let mut proto = asking_for(model, kept);
         // The version is how rten tells ONNX from other files.
         proto.ir_version.get_or_insert(8);
         spell_out_kernels(proto.graph.get_or_insert_default());
-        let mut options = ModelOptions::with_all_ops();
         // The optimizer gives up where it finds that two of the tensors asked for are one; without it they are two.
         let loaded = match load(&proto, &options) {
             Err(_) => load(&proto, options.enable_optimization(false))?,

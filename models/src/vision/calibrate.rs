@@ -4,9 +4,11 @@
 //! of threads. Memory holds the tensors of as many samples at a time as there are threads, four at most.
 
 use super::data::{Data, Sample};
+use super::windows::{PLACES, Windows, windows};
 use crate::graph::{GraphRunner, Rten, Tensor};
 use crate::{ModelError, Result};
 use nibble_quant::Range;
+use nibble_quant::algo::algorithm;
 use nibble_quant::observer::{Choice, Observed, Statistics};
 use nibble_quant::onnx::equalize::absorb::{self, Moments};
 use nibble_quant::onnx::equalize::{Axis, ChannelStatistics, Scaled, equalize, layers, sites};
@@ -40,10 +42,23 @@ pub struct Seen {
     pub tensors: BTreeMap<String, Statistics>,
     /// By tensor, along its channels.
     pub channels: BTreeMap<String, Channels>,
+    /// Of convolutions.
+    pub windows: Vec<Windows>,
     /// Dimensions by tensor, by their number.
     pub ranks: BTreeMap<String, usize>,
     /// Samples seen.
     pub samples: usize,
+}
+
+/// What is to be observed.
+#[derive(Default)]
+pub struct Wanted {
+    /// Tensors as a whole.
+    pub tensors: Vec<String>,
+    /// Tensors along their channels.
+    pub channels: BTreeMap<String, Channels>,
+    /// Windows of convolutions.
+    pub windows: Vec<Windows>,
 }
 
 /// Statistics of the channels of a tensor.
@@ -53,9 +68,6 @@ pub struct Channels {
     observed: Option<Observed>,
     gram: Option<Gram>,
 }
-
-/// Places of one sample that go into a Gram matrix: neighbours are much alike.
-const PLACES: usize = 192;
 
 /// Products of channels with each other.
 #[derive(Debug, Default)]
@@ -145,21 +157,22 @@ impl Channels {
 /// Samples that run at a time, at most: each has its tensors in memory.
 const TOGETHER: usize = 4;
 
-/// Runs `model` over all samples and observes tensors. `progress` is called after each sample.
+/// Runs `model` over all samples and observes what is wanted. `progress` is called after each sample.
 ///
 /// # Errors
 /// A sample that can't be read or run, values that aren't floats, or the user's wish to stop.
 pub fn observe(
     model: &Model,
-    tensors: &[String],
-    channels: BTreeMap<String, Channels>,
+    wanted: Wanted,
     data: &Data,
     histogram: bool,
     options: &CalibrateOptions,
     progress: &mut dyn FnMut(),
 ) -> Result<Seen> {
-    let mut wanted: Vec<String> = tensors.to_vec();
+    let Wanted { tensors, channels, windows } = wanted;
+    let mut wanted: Vec<String> = tensors.clone();
     wanted.extend(channels.keys().cloned());
+    wanted.extend(windows.iter().map(|w| w.reads.clone()));
     wanted.sort();
     wanted.dedup();
     // What is fed is known without asking for it.
@@ -170,6 +183,7 @@ pub fn observe(
     let mut seen = Seen {
         tensors: tensors.iter().map(|name| (name.clone(), Statistics::new(histogram))).collect(),
         channels,
+        windows,
         ranks: BTreeMap::new(),
         samples: 0,
     };
@@ -202,6 +216,10 @@ pub fn observe(
                 Ok(())
             })?;
             seen.channels.par_iter_mut().try_for_each(|(name, channels)| channels.observe(name, of(name)?))?;
+            seen.windows.par_iter_mut().try_for_each(|windows| -> Result<()> {
+                let tensor = of(&windows.reads)?;
+                windows.observe(tensor.as_floats(&windows.reads)?, &tensor.dims)
+            })?;
             seen.samples += 1;
             progress();
         }
@@ -236,7 +254,11 @@ pub fn calibrate(
     let histogram = options.observer.observer.histogram;
     let channels = layer_inputs(model, plan, options.correct_bias)?;
     let tensors = whole(plan, &channels, options);
-    let seen = observe(model, &tensors, channels, data, histogram, options, progress)?;
+    let windows = match feedback(plan) {
+        true => windows(&Graph::new(model.graph())?, plan, options.correct_bias),
+        false => Vec::new(),
+    };
+    let seen = observe(model, Wanted { tensors, channels, windows }, data, histogram, options, progress)?;
     let mut calibration = finish(seen, plan, options)?;
     make_room(model, plan, &mut calibration, options.headroom)?;
     Ok(calibration)
@@ -285,6 +307,9 @@ fn finish(seen: Seen, plan: &Plan, options: &CalibrateOptions) -> Result<Calibra
         let statistics = statistics.unwrap_or_else(|| Statistics::new(false));
         calibration.ranges.insert(name.clone(), options.observer.range(&name, &statistics, grid)?);
     }
+    for windows in seen.windows {
+        calibration.windows.insert(windows.weight.clone(), Arc::new(windows.seen()));
+    }
     for (name, channels) in seen.channels {
         if options.correct_bias {
             calibration.means.insert(name.clone(), channels.means());
@@ -297,10 +322,15 @@ fn finish(seen: Seen, plan: &Plan, options: &CalibrateOptions) -> Result<Calibra
     Ok(calibration)
 }
 
+/// Whether weights are rounded by what products of channels with each other say.
+fn feedback(plan: &Plan) -> bool {
+    algorithm(plan.settings.weights.algorithm).is_ok_and(|a| a.gram)
+}
+
 /// What quantized layers with weights read, and where its channels are.
 fn layer_inputs(model: &Model, plan: &Plan, correct_bias: bool) -> Result<BTreeMap<String, Channels>> {
     let graph = Graph::new(model.graph())?;
-    let feedback = plan.settings.weights.algorithm == "gptq";
+    let feedback = feedback(plan);
     let mut inputs: BTreeMap<String, Channels> = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let axis = match plan.kind(id) {
@@ -334,7 +364,7 @@ pub fn equalize_channels(
     for (name, input) in layer_inputs(model, plan, options.correct_bias)? {
         channels.entry(name).or_insert_with(|| Channels::along(input.axis));
     }
-    let seen = observe(model, &[], channels, data, false, options, progress)?;
+    let seen = observe(model, Wanted { channels, ..Wanted::default() }, data, false, options, progress)?;
     let fine = fine_tensors(model, plan, &seen.ranks)?;
     Ok(equalize(model, &statistics(&seen), &fine)?)
 }
@@ -354,7 +384,7 @@ pub fn equalize_weights(
     let graph = Graph::new(model.graph())?;
     let between = layers::tensors(&graph).into_iter().chain(absorb::tensors(&graph));
     let channels = between.map(|(name, axis)| (name, Channels::along(axis))).collect();
-    let seen = observe(model, &[], channels, data, false, options, progress)?;
+    let seen = observe(model, Wanted { channels, ..Wanted::default() }, data, false, options, progress)?;
     let moments = |c: &Channels| Moments { means: c.means(), squares: c.moments() };
     let moments = seen.channels.iter().map(|(name, c)| (name.clone(), moments(c))).collect();
     Ok(absorb::absorb(model, &moments)? + layers::equalize_layers(model, &statistics(&seen))?)
@@ -379,7 +409,8 @@ pub fn equalize_and_calibrate(
         channels.entry(name).or_insert(site);
     }
     let tensors = whole(&before, &channels, options);
-    let seen = observe(model, &tensors, channels, data, false, options, progress)?;
+    let wanted = Wanted { tensors, channels, windows: Vec::new() };
+    let seen = observe(model, wanted, data, false, options, progress)?;
     let fine = fine_tensors(model, &before, &seen.ranks)?;
     let scaled = equalize(model, &statistics(&seen), &fine)?;
     let after = plan(model)?;
@@ -412,7 +443,7 @@ pub fn equalize_and_calibrate(
 
 /// Whether [`equalize_and_calibrate`] gives what two runs would.
 pub fn one_run_is_enough(plan: &Plan, options: &CalibrateOptions) -> bool {
-    options.observer.observer.name == "minmax" && plan.settings.weights.algorithm != "gptq"
+    options.observer.observer.name == "minmax" && !feedback(plan)
 }
 
 fn site_tensors(model: &Model) -> Result<BTreeMap<String, Channels>> {

@@ -14,9 +14,9 @@ mod sensitivity;
 mod state;
 mod tally;
 
-pub use layers::{Layer, layers};
+pub use layers::{Layer, layers, units};
 pub use numbers::{ActivationFigures, Bins, ChannelRange, Figures, ObservedRange, Outlier, WeightFigures, numbers};
-pub use sensitivity::{Sensitivity, effects, sensitivity, steps};
+pub use sensitivity::{Sensitivity, SensitivityOptions, effects, sensitivity, steps};
 pub use state::State;
 pub use tally::{Score, Tally};
 
@@ -35,12 +35,14 @@ pub struct Sources {
     pub float_accuracy: Option<f64>,
 }
 
-/// What a layer's integers cost.
+/// What a layer's integers cost, or those of layers that read the same.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerSensitivity {
     /// The layer.
     #[serde(flatten)]
     pub layer: Layer,
+    /// Nodes of the other layers that are looked at together with it.
+    pub with: Vec<String>,
     /// It alone in integers.
     pub only: Score,
     /// It alone in float: what the layer reads isn't rounded for it, nor is what it makes.
@@ -54,7 +56,7 @@ pub struct Diagnosis {
     pub samples: usize,
     /// Weights, activations, both.
     pub sources: Sources,
-    /// One a quantized layer, in the graph's order.
+    /// One a quantized layer (see [`units`]), in the graph's order.
     pub layers: Vec<LayerSensitivity>,
     /// One a tensor with a scale of its own.
     pub activations: Vec<ActivationFigures>,

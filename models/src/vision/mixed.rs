@@ -3,7 +3,7 @@
 //! ```text
 //! effects  each layer alone in integers, with one term and with two: the error that it adds   (proxy)
 //! path     upgrades by error spared per time added, best first
-//! search   the fewest upgrades with which the *measured* model reaches the goal, or the most that fit a size
+//! search   the fewest upgrades with which the *measured* model reaches the goal, or the most that fit a size or a time
 //! trim     upgrades that turn out not to be needed are taken back, each by measuring again
 //! ```
 //! Errors of layers add up only roughly, so that they order what is tried, and never decide.
@@ -16,7 +16,7 @@ use crate::graph::Rten;
 use crate::{ModelError, Result};
 use nibble_quant::Range;
 use nibble_quant::onnx::plan::{Kind, Target};
-use nibble_quant::onnx::{Fine, Graph, Mode, Model, Plan, Selector, Settings};
+use nibble_quant::onnx::{Fine, Graph, Mode, Model, Selector, Settings};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -46,6 +46,15 @@ pub enum Goal {
     Accuracy(f64),
     /// As good as it gets in so many bytes.
     Bytes(u64),
+    /// As good as it gets in this share of the float model's time, measured.
+    Time(f64),
+}
+
+impl Goal {
+    /// Whether as many upgrades are wanted as fit, and not as few as do.
+    fn is_budget(self) -> bool {
+        matches!(self, Goal::Bytes(_) | Goal::Time(_))
+    }
 }
 
 /// Time of a layer's product in integers, of one in floats. Read off ONNX Runtime's times of a ViT-S/14 (benches/VISION.md).
@@ -82,6 +91,8 @@ pub struct Attempt {
     pub bytes: u64,
     /// Estimated time of its layers, of that in floats.
     pub time: f64,
+    /// Measured time of the model, of the float model's, where there is a goal for it.
+    pub measured: Option<f64>,
     /// Whether it does what is wanted.
     pub good: bool,
 }
@@ -89,8 +100,8 @@ pub struct Attempt {
 /// What was chosen.
 #[derive(Debug)]
 pub struct Mixed {
-    /// The plan, with the layers that stay float and those in two terms.
-    pub plan: Plan,
+    /// What the model is made of: its plan has the layers that stay float and those in two terms.
+    pub prepared: Prepared,
     /// The quantized model.
     pub model: Model,
     /// One a layer, in the graph's order.
@@ -118,6 +129,9 @@ pub struct Judge<'a> {
     pub labels: Option<&'a [usize]>,
     /// Threads of the engine.
     pub threads: usize,
+    /// Time of a quantized model as a share of the float one's: models run in turns, so that what else the machine does
+    /// meets both. Without it there can't be a goal for time.
+    pub timer: Option<&'a dyn Fn(&Model) -> Result<f64>>,
     /// Set when the user wants to stop.
     pub stop: &'a AtomicBool,
 }
@@ -126,7 +140,7 @@ pub struct Judge<'a> {
 /// told what is being done and that one more sample of it is.
 ///
 /// # Errors
-/// As [`evaluate`], and a goal that no model reaches, or a size that even all layers in integers pass.
+/// As [`evaluate`], and a goal that no model reaches, or a size or time that even all layers in integers pass.
 pub fn allocate(
     prepared: &Prepared,
     goal: Goal,
@@ -142,12 +156,11 @@ pub fn allocate(
         Search { prepared, goal, judge, progress, choices, attempts: Vec::new(), known: BTreeMap::new(), float: None };
     let all: Vec<usize> = (0..path.len()).collect();
     let (mut fewest, mut most) = (0, path.len());
-    // With a size the most upgrades that fit are wanted, otherwise the fewest that do.
-    let by_size = matches!(goal, Goal::Bytes(_));
+    let budget = goal.is_budget();
     while fewest < most {
-        let middle = if by_size { (fewest + most).div_ceil(2) } else { (fewest + most) / 2 };
+        let middle = if budget { (fewest + most).div_ceil(2) } else { (fewest + most) / 2 };
         let good = search.measure(&path, &all[..middle])?.good;
-        match (by_size, good) {
+        match (budget, good) {
             (false, true) => most = middle,
             (false, false) => fewest = middle + 1,
             (true, true) => fewest = middle,
@@ -159,11 +172,14 @@ pub fn allocate(
         let reached = search.measure(&path, &kept)?;
         let why = match goal {
             Goal::Bytes(_) => format!("{} bytes with all layers in integers", reached.bytes),
+            Goal::Time(_) => {
+                format!("{:.3} of the float model's time with all layers in integers", reached.measured.unwrap_or(1.0))
+            }
             _ => format!("not reached with all layers in float: {reached:?}"),
         };
         return Err(ModelError::Setting { what: "the goal".into(), why });
     }
-    if !by_size {
+    if !budget {
         // The last ones are those that spare least for their time.
         for index in all[..fewest].iter().rev().skip(1).take(TRIMS) {
             let fewer: Vec<usize> = kept.iter().copied().filter(|i| i != index).collect();
@@ -172,7 +188,7 @@ pub fn allocate(
             }
         }
     }
-    search.finish(&path, &kept)
+    search.finish(&path, kept)
 }
 
 /// What each layer's error is with one term and with two, and how many multiplications it takes.
@@ -289,7 +305,7 @@ impl Search<'_> {
     }
 
     /// The model with these precisions.
-    fn make(&self, precisions: &[Precision]) -> Result<(Plan, Model)> {
+    fn make(&self, precisions: &[Precision]) -> Result<(Prepared, Model)> {
         let named = |wanted: Precision| {
             let chosen = self.choices.iter().zip(precisions).filter(move |(_, p)| **p == wanted);
             chosen.filter_map(|(c, _)| selector(&c.layer.node)).collect::<Vec<_>>()
@@ -311,7 +327,7 @@ impl Search<'_> {
             }
         }
         let model = roomy.quantize()?;
-        Ok((roomy.plan, model))
+        Ok((roomy, model))
     }
 
     /// Makes and judges a model, once.
@@ -329,9 +345,9 @@ impl Search<'_> {
 
     fn judge(&mut self, model: &Model, precisions: &[Precision], upgrades: usize) -> Result<Attempt> {
         let outputs: Vec<String> = self.prepared.model.graph().output.iter().map(|o| o.name().to_owned()).collect();
-        let Judge { data, labels, threads, stop } = *self.judge;
+        let Judge { data, labels, threads, stop, .. } = *self.judge;
         if self.float.is_none() {
-            self.float = Some(Rten::new(&self.prepared.model, &outputs, threads)?);
+            self.float = Some(Rten::packed(&self.prepared.model, &outputs, threads)?);
         }
         let of_layer = |(choice, precision): (&LayerChoice, &Precision)| choice.multiplications * time(*precision);
         let whole: f64 = self.choices.iter().map(|c| c.multiplications).sum();
@@ -342,6 +358,7 @@ impl Search<'_> {
             accuracy: None,
             bytes: model.proto.encoded_len() as u64,
             time: self.choices.iter().zip(precisions).map(of_layer).sum::<f64>() / whole.max(1.0),
+            measured: None,
             good: false,
         };
         if let Goal::Bytes(most) = self.goal
@@ -349,8 +366,18 @@ impl Search<'_> {
         {
             return Ok(attempt);
         }
+        if let Goal::Time(most) = self.goal {
+            let Some(timer) = self.judge.timer else {
+                return Err(ModelError::Setting { what: "the goal".into(), why: "nothing measures time".into() });
+            };
+            let measured = timer(model)?;
+            attempt.measured = Some(measured);
+            if measured > most {
+                return Ok(attempt);
+            }
+        }
         let Some(float) = &self.float else { return Ok(attempt) };
-        let runner = Rten::new(model, &outputs, threads)?;
+        let runner = Rten::packed(model, &outputs, threads)?;
         let mut progress = || (self.progress)("models");
         let report = evaluate(float, &runner, &outputs, data, labels, stop, &mut progress)?;
         let Some(OutputReport { sqnr_db, top1, nearest, kl, accuracy, .. }) = report.outputs.first() else {
@@ -364,18 +391,30 @@ impl Search<'_> {
             Goal::Sqnr(least) => sqnr_db.is_none_or(|db| db >= least),
             Goal::Agreement(least) => attempt.agreement.is_some_and(|share| share >= least),
             Goal::Accuracy(least) => attempt.accuracy.is_some_and(|share| share >= least),
-            Goal::Bytes(_) => true,
+            Goal::Bytes(_) | Goal::Time(_) => true,
         };
         Ok(attempt)
     }
 
-    fn finish(mut self, path: &[Upgrade], kept: &[usize]) -> Result<Mixed> {
-        let chosen = self.measure(path, kept)?;
-        let precisions = self.precisions(path, kept);
-        let (plan, model) = self.make(&precisions)?;
-        for (choice, precision) in self.choices.iter_mut().zip(precisions) {
-            choice.precision = precision;
+    /// The chosen model. Its time is measured once more: one measurement in many is always a lucky one.
+    fn finish(mut self, path: &[Upgrade], mut kept: Vec<usize>) -> Result<Mixed> {
+        loop {
+            let precisions = self.precisions(path, &kept);
+            let (prepared, model) = self.make(&precisions)?;
+            let chosen = match self.goal {
+                Goal::Time(_) => {
+                    let again = self.judge(&model, &precisions, kept.len())?;
+                    self.attempts.push(again.clone());
+                    again
+                }
+                _ => self.measure(path, &kept)?,
+            };
+            if chosen.good || kept.pop().is_none() {
+                for (choice, precision) in self.choices.iter_mut().zip(precisions) {
+                    choice.precision = precision;
+                }
+                return Ok(Mixed { prepared, model, layers: self.choices, attempts: self.attempts, chosen });
+            }
         }
-        Ok(Mixed { plan, model, layers: self.choices, attempts: self.attempts, chosen })
     }
 }

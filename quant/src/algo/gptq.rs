@@ -6,10 +6,10 @@
 
 use super::fit::{Method, Rule, inverse};
 use super::{AlgoInput, descent, rows};
-use crate::QTensor;
 use crate::error::Result;
-use crate::linalg::{Decide, Feedback, ROWS};
+use crate::linalg::{Decide, Dense, Feedback, ROWS};
 use crate::stats::Input;
+use crate::{Granularity, QTensor, ScaleData};
 use half::f16;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -36,6 +36,44 @@ pub(super) fn quantize_and_descend(input: &AlgoInput) -> Result<QTensor> {
         Some(h) => Ok(descent::refine(input, tensor, &h)),
         None => Ok(tensor),
     }
+}
+
+/// As [`super::under_scale`] has it.
+pub(super) fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, f64)> {
+    let mut tensor = rows::quantize(input, Method::Plain)?;
+    let one = matches!(&tensor.scales, ScaleData::Float(scales) if scales.len() == 1);
+    if input.spec.granularity != Granularity::Tensor || !one {
+        return Err(input.refuse("a scale is given, and its spec has more than one".into()));
+    }
+    tensor.scales = ScaleData::Float(vec![scale]);
+    let (rule, zero) = (Rule::new(input.spec), tensor.zero(0, 0));
+    for (code, &w) in tensor.codes.iter_mut().zip(input.weight) {
+        *code = nearest(&rule, w, scale, 0.0, zero).0;
+    }
+    let Some((calibrated, feedback)) = factor(input) else {
+        let error = error(input, &tensor, None);
+        return Ok((tensor, error));
+    };
+    let tensor = recode(input, tensor, &feedback);
+    let h = calibrated.damped(&feedback);
+    let tensor = match &h {
+        Some(h) => descent::refine(input, tensor, h),
+        None => tensor,
+    };
+    let error = error(input, &tensor, h.as_ref());
+    Ok((tensor, error))
+}
+
+/// tr(D H D^T); H is the identity if there is none.
+fn error(input: &AlgoInput, tensor: &QTensor, h: Option<&Dense>) -> f64 {
+    let k = input.shape[1].max(1);
+    let d: Vec<f32> = input.weight.iter().zip(tensor.dequantize()).map(|(w, q)| w - q).collect();
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+    let row = |d: &[f32]| match h {
+        Some(h) => (0..k).map(|j| f64::from(d[j]) * dot(&h.row(j)[..k], d)).sum(),
+        None => dot(d, d),
+    };
+    d.chunks_exact(k).map(row).sum()
 }
 
 fn factor<'a>(input: &AlgoInput<'a>) -> Option<(&'a Input, Arc<Feedback>)> {

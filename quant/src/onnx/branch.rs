@@ -16,18 +16,20 @@ use crate::error::Result;
 use crate::observer::QParams;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What has to be computed anew when a tensor changes.
+/// What has to be computed anew when tensors change.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rest {
-    /// Tensors that it reads, beside the one that changes.
+    /// Tensors that it reads, beside those that change.
     pub feeds: Vec<String>,
     /// The graph's outputs that it makes, in the graph's order.
     pub outputs: Vec<String>,
 }
 
-/// What of a graph depends on a tensor and leads to an output.
-pub fn rest(graph: &Graph, tensor: &str) -> Rest {
-    let mut changed: BTreeSet<&str> = BTreeSet::from([tensor]);
+/// What of a graph depends on tensors and leads to an output. A tensor that changes and depends on another one that does
+/// is taken as it is given.
+pub fn rest<'a>(graph: &'a Graph, tensors: &'a [String]) -> Rest {
+    let given: BTreeSet<&str> = tensors.iter().map(String::as_str).collect();
+    let mut changed = given.clone();
     let mut touched = Vec::new();
     for (_, node) in graph.nodes() {
         if node.input.iter().any(|name| changed.contains(name.as_str())) {
@@ -44,6 +46,9 @@ pub fn rest(graph: &Graph, tensor: &str) -> Rest {
             continue;
         }
         for name in node.input.iter().filter(|name| !name.is_empty() && graph.constant(name).is_none()) {
+            if given.contains(name.as_str()) {
+                continue;
+            }
             match changed.contains(name.as_str()) {
                 true => drop(needed.insert(name)),
                 false => drop(feeds.insert(name.clone())),
@@ -53,28 +58,28 @@ pub fn rest(graph: &Graph, tensor: &str) -> Rest {
     Rest { feeds: feeds.into_iter().collect(), outputs }
 }
 
-/// A branch, and the tensor it ends in.
+/// A branch, and the tensors it ends in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Branch {
     /// What adds it to a graph.
     pub edits: Vec<Edit>,
-    /// What it makes.
-    pub makes: String,
+    /// What it makes, in the order in which it was asked for.
+    pub makes: Vec<String>,
 }
 
-/// The nodes that make `to`, under other names (with `prefix` before them), for a graph in which the tensors of `from`
+/// The nodes that make the tensors of `to`, under other names (with `prefix` before them), for a graph in which the tensors of `from`
 /// go by the names given there. Nothing before those tensors is taken along.
 ///
 /// # Errors
-/// `to` also needs an input of the graph that isn't in `from`.
-pub fn branch(graph: &Graph, from: &BTreeMap<String, String>, to: &str, prefix: &str) -> Result<Branch> {
+/// They also need an input of the graph that isn't in `from`.
+pub fn branch(graph: &Graph, from: &BTreeMap<String, String>, to: &[String], prefix: &str) -> Result<Branch> {
     let renamed = |name: &str| match (name, from.get(name)) {
         ("", _) => String::new(),
         (_, Some(other)) => other.clone(),
         _ => format!("{prefix}{name}"),
     };
     let mut edits = Vec::new();
-    let mut open = vec![to];
+    let mut open: Vec<&str> = to.iter().map(String::as_str).collect();
     let mut done: BTreeSet<&str> = BTreeSet::new();
     let mut copied = BTreeSet::new();
     while let Some(name) = open.pop() {
@@ -88,7 +93,7 @@ pub fn branch(graph: &Graph, from: &BTreeMap<String, String>, to: &str, prefix: 
             continue;
         }
         let Some(id) = graph.producer(name) else {
-            let why = format!("is needed for `{to}`, and isn't among what its branch starts from");
+            let why = format!("is needed for `{}`, and isn't among what its branch starts from", to.join("`, `"));
             return Err(QuantError::Tensor { name: name.into(), why });
         };
         let node = graph.node(id);
@@ -105,7 +110,7 @@ pub fn branch(graph: &Graph, from: &BTreeMap<String, String>, to: &str, prefix: 
         };
         edits.push(Edit::Add(copy));
     }
-    Ok(Branch { edits, makes: renamed(to) })
+    Ok(Branch { edits, makes: to.iter().map(|name| renamed(name)).collect() })
 }
 
 /// What readers of a layer's output read in a quantized graph: the output, or what its integers mean.
@@ -150,7 +155,8 @@ pub fn params(quantized: &Graph, name: &str) -> Result<Option<QParams>> {
     Ok(Some(QParams { scale: scalar(scale)?, zero_point }))
 }
 
-/// A planned layer in integers, everything around it in float: a branch of the float model.
+/// Planned layers in integers, everything around them in float: a branch of the float model. None of them may read what
+/// another one makes.
 ///
 /// # Errors
 /// As [`qdq::quantize`].
@@ -159,30 +165,31 @@ pub fn in_integers(
     settings: &Settings,
     folded: &Folded,
     calibration: &Calibration,
-    id: usize,
+    ids: &[usize],
     prefix: &str,
 ) -> Result<Branch> {
     let graph = Graph::new(model.graph())?;
-    let name = label(graph.node(id));
-    let settings = Settings { include: vec![format!("name:{name}").parse::<Selector>()?], ..settings.clone() };
+    let named = |&id: &usize| format!("name:{}", label(graph.node(id))).parse::<Selector>();
+    let settings = Settings { include: ids.iter().map(named).collect::<Result<_>>()?, ..settings.clone() };
     let own = plan(model, &settings, folded)?;
     let quantized = qdq::quantize(model, &own, calibration)?;
     let after = Graph::new(quantized.graph())?;
-    let output = own.output(&graph, id);
-    let from = own.inputs(&graph, id).into_iter().map(|name| (name.clone(), name)).collect();
-    branch(&after, &from, &rounded(&after, &own, &output), prefix)
+    let from = ids.iter().flat_map(|&id| own.inputs(&graph, id)).map(|name| (name.clone(), name)).collect();
+    let to: Vec<String> = ids.iter().map(|&id| rounded(&after, &own, &own.output(&graph, id))).collect();
+    branch(&after, &from, &to, prefix)
 }
 
-/// A planned layer in float in the midst of a quantized model: a branch of that. It reads what its input is before it is
-/// rounded, and its output isn't rounded either.
+/// Planned layers in float in the midst of a quantized model: a branch of that. They read what their inputs are before
+/// those are rounded, and their outputs aren't rounded either. None of them may read what another one makes.
 ///
 /// # Errors
 /// As [`branch`].
-pub fn in_float(model: &Model, plan: &Plan, quantized: &Graph, id: usize, prefix: &str) -> Result<Branch> {
+pub fn in_float(model: &Model, plan: &Plan, quantized: &Graph, ids: &[usize], prefix: &str) -> Result<Branch> {
     let graph = Graph::new(model.graph())?;
     let mut from = BTreeMap::new();
     let mut edits = Vec::new();
-    for name in plan.inputs(&graph, id) {
+    let inputs: BTreeSet<String> = ids.iter().flat_map(|&id| plan.inputs(&graph, id)).collect();
+    for name in inputs {
         let mut source = exact(quantized, &name);
         let root = plan.scales.get(&name).unwrap_or(&name);
         let maker = graph.producer(root).and_then(|id| plan.nodes.get(id));
@@ -196,7 +203,8 @@ pub fn in_float(model: &Model, plan: &Plan, quantized: &Graph, id: usize, prefix
         }
         from.insert(name, source);
     }
-    let own = branch(&graph, &from, &plan.output(&graph, id), prefix)?;
+    let to: Vec<String> = ids.iter().map(|&id| plan.output(&graph, id)).collect();
+    let own = branch(&graph, &from, &to, prefix)?;
     edits.extend(own.edits);
     Ok(Branch { edits, makes: own.makes })
 }

@@ -21,7 +21,7 @@ use super::opset;
 use super::plan::{Mode, Packing, Plan};
 use super::proto::*;
 use super::tensor::{from_16, from_f32, from_i8, from_i32, from_u8};
-use super::weights::Weight;
+use super::weights::{Weight, reads_channels};
 use super::{Graph, Model};
 use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
@@ -47,8 +47,22 @@ pub struct Calibration {
     pub means: BTreeMap<String, Vec<f64>>,
     /// Products of the channels of layers' inputs with each other, by tensor, for algorithms that make use of them.
     pub inputs: BTreeMap<String, Arc<Input>>,
+    /// The same of windows of convolutions that read more than single channels, one a group, by weight.
+    pub windows: BTreeMap<String, Arc<Vec<Input>>>,
     /// Weights that are in integers already, by tensor: rounding that was learned.
     pub weights: BTreeMap<String, Weight>,
+}
+
+impl Calibration {
+    /// What was seen of the rows that a layer's weight multiplies, one a group of channels; nothing where products with
+    /// each other weren't kept.
+    pub fn inputs_of(&self, graph: &Graph, node: &NodeProto) -> &[Input] {
+        match reads_channels(graph, node) {
+            true => self.inputs.get(node.arg(0)).map(|input| std::slice::from_ref(input.as_ref())),
+            false => self.windows.get(node.arg(1)).map(|inputs| inputs.as_slice()),
+        }
+        .unwrap_or_default()
+    }
 }
 
 /// The pieces that are made while edits are collected.

@@ -5,6 +5,8 @@
 //! bias    int32, scale s_x * s_w, zero point 0                                 b = s_x * s_w * q
 //! ```
 
+mod grouped;
+
 use super::Graph;
 use super::proto::*;
 use super::tensor::{floats, tensor_error};
@@ -84,8 +86,8 @@ pub struct Rounding {
 pub struct Seen<'a> {
     /// (values of a channel) second moments of what each of them is multiplied by.
     pub importance: Option<&'a [f32]>,
-    /// Products of the channels with each other, for layers that [read channels](reads_channels).
-    pub input: Option<&'a Input>,
+    /// Products with each other of what they are multiplied by, one a group of channels.
+    pub inputs: &'a [Input],
 }
 
 /// Whether each value of an output channel meets one input channel: a linear layer, or a Conv of 1 x 1.
@@ -105,7 +107,8 @@ pub(super) fn codes(
     name: &str,
     seen: Seen,
 ) -> Result<QTensor> {
-    let Seen { importance, input: calibrated } = seen;
+    let Seen { importance, inputs } = seen;
+    let calibrated = if let [one] = inputs { Some(one) } else { None };
     let input = AlgoInput { name: tensor.name(), weight, shape, spec, importance, calibrated, seed: 0 };
     (algorithm(name)?.run)(&input)
 }
@@ -125,12 +128,17 @@ pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen,
         scale: ScaleFormat::Float(FloatFormat::F32),
         outliers: OutlierSpec::None,
     };
-    let quantized = codes(tensor, (sides, &values), &spec, name, seen)?;
-    let ScaleData::Float(scales) = &quantized.scales else {
-        return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));
+    let (unsigned, mut scales) = match algorithm(name)?.gram && grouped::concerns(seen.inputs, &spec) {
+        true => grouped::quantize(tensor, (sides, &values), &spec, name, seen.inputs)?,
+        false => {
+            let quantized = codes(tensor, (sides, &values), &spec, name, seen)?;
+            let ScaleData::Float(scales) = quantized.scales else {
+                return Err(tensor_error(tensor, "was quantized with coded scales, floats were wanted"));
+            };
+            (quantized.codes, scales)
+        }
     };
-    let mut scales = scales.clone();
-    let mut codes: Vec<i8> = quantized.codes.iter().map(|&c| (i32::from(c) - spec.middle()) as i8).collect();
+    let mut codes: Vec<i8> = unsigned.iter().map(|&c| (i32::from(c) - spec.middle()) as i8).collect();
     let grid = IntGrid::symmetric(IntType::S8);
     let most = (1i32 << (bits - 1)) - 1;
     for (row, scale) in scales.iter_mut().enumerate() {

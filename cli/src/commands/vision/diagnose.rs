@@ -12,8 +12,10 @@ use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
 use nibble_models::graph::inputs;
-use nibble_models::vision::diagnose::{Diagnosis, Outlier, Score, State, layers, numbers, sensitivity, steps};
-use nibble_quant::onnx::{Graph, Mode};
+use nibble_models::vision::diagnose::{
+    Diagnosis, LayerSensitivity, Outlier, Score, SensitivityOptions, State, numbers, sensitivity, steps,
+};
+use nibble_quant::onnx::{Mode, Selector};
 use std::path::PathBuf;
 
 /// Find out where the error of a model in integers comes from: weights or activations, which layers, which tensors
@@ -23,7 +25,7 @@ use std::path::PathBuf;
 
 The model is quantized as `nibble vision quantize` would with the same flags; nothing is written but what -o, --report and --state name.
 `only` is the error with one layer in integers and the rest in float, `without` that with one layer in float and the rest
-in integers. Each is found by running again what comes after the layer.
+in integers. Each is found by running again what comes after the layer. Layers that read the same tensor count as one.
 --state FILE keeps what is done after every few samples; the same command goes on from there."
 )]
 pub struct Diagnose {
@@ -48,6 +50,12 @@ pub struct Diagnose {
     /// Keep what is done in this file, and go on from it
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
+    /// Look at layers that read the same tensor (queries, keys and values) one by one
+    #[arg(long)]
+    apart: bool,
+    /// Look only at layers that fit this pattern (may be repeated)
+    #[arg(long, value_name = "PATTERN")]
+    only: Vec<Selector>,
     /// Layers and tensors that are listed
     #[arg(long, value_name = "N", default_value_t = 12)]
     top: usize,
@@ -81,11 +89,11 @@ impl Run for Diagnose {
             Some(path) => State::open(path)?,
             None => State::none(),
         };
-        let layers = layers(&Graph::new(prepared.model.graph())?, &prepared.plan).len();
+        let (stop, labels) = (session.stop(), labels.as_deref());
+        let how = SensitivityOptions { labels, threads, apart: self.apart, only: &self.only, stop };
         let meter = Meter::new(session, "diagnose", "runs");
-        meter.begin(count * steps(layers), 0);
-        let (stop, progress) = (session.stop(), || meter.add_thing("layers"));
-        let found = sensitivity(&prepared, &data, labels.as_deref(), threads, &mut state, stop, &progress)?;
+        meter.begin(count * steps(how.units(&prepared)?.len()), 0);
+        let found = sensitivity(&prepared, &data, &how, &mut state, &|| meter.add_thing("layers"))?;
         let options = self.recipe.options(session, threads)?;
         meter.begin(count + calib.count()?, 0);
         let (activations, weights) = numbers(&prepared, &calib, &data, &options, &mut || meter.add_thing("numbers"))?;
@@ -107,6 +115,14 @@ impl Run for Diagnose {
 
 fn decibels(value: Option<f64>) -> String {
     value.map_or("-".into(), |db| format!("{db:.2}"))
+}
+
+/// A layer's node, and how many are looked at with it.
+pub(super) fn name(row: &LayerSensitivity) -> String {
+    match row.with.len() {
+        0 => row.layer.node.clone(),
+        more => format!("{} and {more} more", row.layer.node),
+    }
 }
 
 /// The first few.
@@ -158,7 +174,7 @@ fn print(diagnosis: &Diagnosis, top: usize) -> Result<()> {
             .collect::<Vec<_>>(),
     );
     for row in layers.iter().take(top) {
-        let own = vec![row.layer.node.clone(), row.layer.op.clone()];
+        let own = vec![name(row), row.layer.op.clone()];
         table.row([own, cells(&row.only), vec![decibels(row.without.sqnr_db)]].concat());
     }
     output::say(&table.render())?;

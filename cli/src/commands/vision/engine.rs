@@ -7,7 +7,7 @@ use nibble_quant::onnx::Model;
 use std::path::PathBuf;
 
 /// The choice of an engine.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct Engine {
     /// What runs the models: the embedded engine, or ONNX Runtime
     #[arg(long, value_enum, default_value_t)]

@@ -1,14 +1,17 @@
-//! What `--report` of `nibble vision diagnose` shows.
+//! What `--report` of `nibble vision diagnose` and `nibble vision quantize` shows.
 
+use super::diagnose::name;
 use crate::report::{self, Bar, Distribution, Histogram, Page, Part, Worst};
-use nibble_models::vision::diagnose::{ChannelRange, Diagnosis, Figures, Outlier, Score};
+use nibble_models::vision::diagnose::{
+    ActivationFigures, ChannelRange, Diagnosis, Figures, LayerSensitivity, Outlier, Score, WeightFigures,
+};
 use std::path::Path;
 
-fn decibels(value: Option<f64>) -> String {
+pub(super) fn decibels(value: Option<f64>) -> String {
     value.map_or("nothing lost".into(), |db| format!("{db:.2}"))
 }
 
-fn percent(share: Option<f64>) -> String {
+pub(super) fn percent(share: Option<f64>) -> String {
     share.map_or(String::new(), |share| format!("{:.1}", 100.0 * share))
 }
 
@@ -59,6 +62,38 @@ fn distribution(
     }
 }
 
+/// Distributions of activations and weights.
+pub(super) fn tensors(activations: &[ActivationFigures], weights: &[WeightFigures]) -> [Part; 2] {
+    let activation = |a: &ActivationFigures| {
+        let mut facts = facts(&a.figures, &a.outliers);
+        facts.push(("scale".into(), format!("{:.4e}", a.scale)));
+        facts.push(("zero point".into(), a.zero_point.to_string()));
+        facts.extend(a.observers.iter().map(|o| {
+            let [lo, hi] = o.range;
+            (format!("range by {}", o.observer), format!("{lo:.3} to {hi:.3}, {} dB", decibels(o.sqnr_db)))
+        }));
+        distribution(&a.tensor, &a.figures, &a.channels, facts)
+    };
+    let weight = |w: &WeightFigures| {
+        let mut facts = facts(&w.figures, &w.outliers);
+        facts.push(("of".into(), w.node.clone()));
+        facts.push(("shape".into(), format!("{:?}", w.shape)));
+        distribution(&w.tensor, &w.figures, &w.channels, facts)
+    };
+    [
+        Part::Tensors {
+            title: "Activations".into(),
+            note: "Float values as areas, rounded ones as a line, the range of the integers dashed; then each channel's range.".into(),
+            tensors: activations.iter().map(activation).collect(),
+        },
+        Part::Tensors {
+            title: "Weights".into(),
+            note: "As above.".into(),
+            tensors: weights.iter().map(weight).collect(),
+        },
+    ]
+}
+
 /// The page of a diagnosis.
 pub(super) fn page(model: &Path, diagnosis: &Diagnosis) -> Page {
     let sources = &diagnosis.sources;
@@ -71,31 +106,15 @@ pub(super) fn page(model: &Path, diagnosis: &Diagnosis) -> Page {
     if let Some(accuracy) = sources.float_accuracy {
         rows.push(vec!["nothing (float)".into(), String::new(), String::new(), String::new(), percent(Some(accuracy))]);
     }
-    let bars = |which: fn(&nibble_models::vision::diagnose::LayerSensitivity) -> &Score| {
-        let bar = |layer: &nibble_models::vision::diagnose::LayerSensitivity| Bar {
-            name: layer.layer.node.clone(),
+    let bars = |which: fn(&LayerSensitivity) -> &Score| {
+        let bar = |layer: &LayerSensitivity| Bar {
+            name: name(layer),
             value: which(layer).sqnr_db,
             detail: format!("{} {:?}, {}", layer.layer.op, layer.layer.shape, in_words(which(layer))),
         };
         diagnosis.layers.iter().map(bar).collect()
     };
-    let activation = |a: &nibble_models::vision::diagnose::ActivationFigures| {
-        let mut facts = facts(&a.figures, &a.outliers);
-        facts.push(("scale".into(), format!("{:.4e}", a.scale)));
-        facts.push(("zero point".into(), a.zero_point.to_string()));
-        facts.extend(a.observers.iter().map(|o| {
-            let [lo, hi] = o.range;
-            (format!("range by {}", o.observer), format!("{lo:.3} to {hi:.3}, {} dB", decibels(o.sqnr_db)))
-        }));
-        distribution(&a.tensor, &a.figures, &a.channels, facts)
-    };
-    let weight = |w: &nibble_models::vision::diagnose::WeightFigures| {
-        let mut facts = facts(&w.figures, &w.outliers);
-        facts.push(("of".into(), w.node.clone()));
-        facts.push(("shape".into(), format!("{:?}", w.shape)));
-        distribution(&w.tensor, &w.figures, &w.channels, facts)
-    };
-    let parts = vec![
+    let mut parts = vec![
         Part::Table {
             title: "Where the error comes from".into(),
             note: "The model with only this in integers, against the float model.".into(),
@@ -116,17 +135,8 @@ pub(super) fn page(model: &Path, diagnosis: &Diagnosis) -> Page {
             worst: Worst::High,
             bars: bars(|layer| &layer.without),
         },
-        Part::Tensors {
-            title: "Activations".into(),
-            note: "Float values as areas, rounded ones as a line, the range of the integers dashed; then each channel's range.".into(),
-            tensors: diagnosis.activations.iter().map(activation).collect(),
-        },
-        Part::Tensors {
-            title: "Weights".into(),
-            note: "As above.".into(),
-            tensors: diagnosis.weights.iter().map(weight).collect(),
-        },
     ];
+    parts.extend(tensors(&diagnosis.activations, &diagnosis.weights));
     Page {
         title: format!("{} in integers", model.file_name().unwrap_or_default().to_string_lossy()),
         subtitle: format!("{} samples", diagnosis.samples),

@@ -2,15 +2,18 @@
 
 use super::data::{Preparation, Shapes};
 use super::mixed::{MixedPrecision, text, to_json};
+use super::quantized::{self, Made};
 use super::recipe::{Recipe, open};
 use crate::arguments::Threads;
 use crate::commands::Run;
+use crate::failure::Usage;
 use crate::output::{self, Table};
+use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
 use nibble_quant::onnx::plan::{Decision, PlannedNode};
 use nibble_quant::onnx::report::{Report, report};
-use nibble_quant::onnx::{External, Plan, plan};
+use nibble_quant::onnx::{External, Mode, Plan, plan};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -23,7 +26,7 @@ Static quantization (the default) needs --calib: a folder of pictures, or .npy, 
 With --calib, dynamic quantization equalizes channels and corrects biases, too.
 Patterns of --include and --exclude are names of nodes with * and ?, or op:CONV, or weight:NAME.
 --dry-run shows what would become of every node, and why.
-With --target-... or --max-size, layers that cost most in integers get activations in two terms, or stay float, until the
+With --target-..., --max-size or --max-latency, layers that cost most in integers get activations in two terms, or stay float, until the
 model reaches what is wanted, measured on the samples of --judge.")]
 pub struct Quantize {
     /// The float model
@@ -41,7 +44,10 @@ pub struct Quantize {
     mixed: MixedPrecision,
     /// Show range and step of every activation, and what rounding took from every weight (with --json it is always there)
     #[arg(long)]
-    report: bool,
+    tensors: bool,
+    /// Also write a page (HTML, one file): the whole on the samples of --judge or --calib, each layer, each tensor
+    #[arg(long, value_name = "FILE.html", requires = "output")]
+    report: Option<PathBuf>,
     /// Show what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -56,8 +62,8 @@ pub struct Quantize {
 impl Run for Quantize {
     fn run(self, session: &Session) -> Result<()> {
         let started = Instant::now();
-        if let Some(output) = self.output.as_ref().filter(|_| !self.dry_run) {
-            output::may_write(output, self.force)?;
+        for path in self.output.iter().chain(&self.report).filter(|_| !self.dry_run) {
+            output::may_write(path, self.force)?;
         }
         self.threads.set_for_conversion()?;
         let threads = self.threads.count();
@@ -66,29 +72,47 @@ impl Run for Quantize {
             let plan = plan(&opened.0, &self.recipe.settings()?, &opened.1)?;
             return show(session, &plan, opened.1.into.len());
         }
-        let goal = self.mixed.goal(self.recipe.settings()?.mode)?;
+        let mode = self.recipe.settings()?.mode;
+        let goal = self.mixed.goal(mode)?;
+        if self.report.is_some() && mode != Mode::Static {
+            return Err(Usage("--report: static quantization alone has figures of activations".into()).into());
+        }
         let (prepared, samples) = self.recipe.prepare(session, opened, &self.preparation, threads)?;
-        let mixed = match goal {
-            Some(goal) => {
+        let samples_of = match goal.is_some() || self.report.is_some() {
+            true => {
                 let calib = self.recipe.samples(session, &self.preparation, &prepared.model)?;
-                Some(self.mixed.run(session, goal, &prepared, &calib, &self.preparation, threads)?)
+                Some((calib, self.mixed.judge(session, &prepared, &self.preparation)?))
             }
-            None => None,
+            false => None,
+        };
+        let samples_of = samples_of.as_ref().map(|(calib, own)| [calib, own.as_ref().unwrap_or(calib)]);
+        let mixed = match (goal, samples_of) {
+            (Some(goal), Some(data)) => Some(self.mixed.run(session, goal, &prepared, data, threads)?),
+            _ => None,
         };
         let plain;
-        let (plan, quantized) = match &mixed {
-            Some(mixed) => (&mixed.plan, &mixed.model),
+        let (prepared, quantized) = match &mixed {
+            Some(mixed) => (&mixed.prepared, &mixed.model),
             None => {
                 plain = prepared.quantize()?;
-                (&prepared.plan, &plain)
+                (&prepared, &plain)
             }
         };
+        let plan = &prepared.plan;
         let Some(output) = &self.output else { return Ok(()) };
-        let tensors = match session.json || self.report {
+        let tensors = match session.json || self.tensors {
             true => report(&prepared.model, quantized)?,
             false => Report::default(),
         };
         quantized.save(output, External::Auto)?;
+        if let (Some(path), Some([calib, data])) = (&self.report, samples_of) {
+            let options = self.recipe.options(session, threads)?;
+            let files = [self.model.as_path(), output.as_path()];
+            let made = Made { files, prepared, quantized, mixed: mixed.as_ref(), data, calib, options };
+            let meter = Meter::new(session, "report", "samples");
+            meter.begin(quantized::steps(&made)?, 0);
+            quantized::page(&made, &mut || meter.add_thing(""))?.save(path)?;
+        }
         let bytes = |path: &PathBuf| std::fs::metadata(path).map(|m| m.len()).unwrap_or_default();
         let seconds = started.elapsed().as_secs_f64();
         if session.json {
@@ -99,7 +123,7 @@ impl Run for Quantize {
                 "peak_rss_bytes": output::peak_rss(), "activations": tensors.activations, "weights": tensors.weights,
             }));
         }
-        if self.report {
+        if self.tensors {
             print_report(&tensors)?;
         }
         if let Some(mixed) = &mixed {

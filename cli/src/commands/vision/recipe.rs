@@ -150,7 +150,7 @@ impl Recipe {
             (None, Some(name)) => name,
         };
         match name {
-            LEARNED if matches!(self.mode, ModeWord::Static) => Ok(("search", true)),
+            LEARNED if matches!(self.mode, ModeWord::Static) => Ok(("gptq", true)),
             LEARNED => Err(Usage(format!("--algorithm {LEARNED} is for static quantization")).into()),
             name => Ok((nibble_quant::algo::algorithm(name)?.name, false)),
         }
@@ -267,8 +267,8 @@ impl Recipe {
         let mut prepared = prepare(model, folded, &settings, &data, equalize, &options, &mut progress)?;
         if learned {
             let layers = layers(&Graph::new(prepared.model.graph())?, &prepared.plan).len();
-            meter.begin(samples + layers as u64, 0);
-            learn(&mut prepared, &data, &options, Learning::default(), &mut || meter.add_thing("rounding"))?;
+            meter.begin(layers as u64, 0);
+            learn(&mut prepared, Learning::default(), options.stop, &mut || meter.add_thing("rounding"))?;
         }
         Ok((prepared, count / runs as usize))
     }

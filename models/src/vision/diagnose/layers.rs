@@ -43,3 +43,20 @@ pub fn layers(graph: &Graph, plan: &Plan) -> Vec<Layer> {
     };
     anchors.map(layer).collect()
 }
+
+/// Layers that are looked at together: those that read the same tensor, such as an attention's queries, keys and values,
+/// which many models have in one matrix. Products of two activations, and all layers if `apart`, are alone.
+pub fn units(layers: Vec<Layer>, apart: bool) -> Vec<Vec<Layer>> {
+    let mut units: Vec<Vec<Layer>> = Vec::new();
+    for layer in layers {
+        let same = |unit: &&mut Vec<Layer>| {
+            let first = unit.first().filter(|first| !apart && first.weight.is_some() && layer.weight.is_some());
+            first.is_some_and(|first| first.reads == layer.reads && first.op == layer.op)
+        };
+        match units.iter_mut().find(same) {
+            Some(unit) => unit.push(layer),
+            None => units.push(vec![layer]),
+        }
+    }
+    units
+}

@@ -1,7 +1,7 @@
 //! Float and rounded values of every tensor, side by side.
 
 use crate::graph::{GraphRunner, Rten, Tensor};
-use crate::vision::calibrate::{CalibrateOptions, observe};
+use crate::vision::calibrate::{CalibrateOptions, Wanted, observe};
 use crate::vision::data::Data;
 use crate::vision::prepare::Prepared;
 use crate::{ModelError, Result};
@@ -309,7 +309,8 @@ pub fn numbers(
     let Prepared { model, plan, .. } = prepared;
     let quantized = prepared.quantize()?;
     let observed = plan.observed();
-    let seen = observe(model, &observed, BTreeMap::new(), calib, true, options, progress)?;
+    let wanted = Wanted { tensors: observed.clone(), ..Wanted::default() };
+    let seen = observe(model, wanted, calib, true, options, progress)?;
     let after = Graph::new(quantized.graph())?;
     let mut watched = Vec::new();
     for name in &observed {

@@ -7,7 +7,7 @@
 //! and the other way round in the quantized model. Tensors of one sample a thread are in memory, whatever the number of
 //! samples; sums are added in the samples' order, so that figures don't depend on the number of threads.
 
-use super::layers::{Layer, layers};
+use super::layers::{Layer, layers, units};
 use super::state::{State, digest};
 use super::tally::Tally;
 use super::{LayerSensitivity, Sources};
@@ -17,7 +17,7 @@ use crate::vision::prepare::Prepared;
 use crate::{ModelError, Result};
 use nibble_quant::onnx::branch::{Rest, in_float, in_integers, rest, rounded};
 use nibble_quant::onnx::isolate::{activations_alone, weights_alone};
-use nibble_quant::onnx::{Edit, Graph, Model, Settings, apply};
+use nibble_quant::onnx::{Edit, Graph, Model, Selector, Settings, apply};
 use prost::Message;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,17 +30,55 @@ pub struct Sensitivity {
     pub samples: usize,
     /// Weights, activations, both.
     pub sources: Sources,
-    /// One a layer.
+    /// One a unit of layers.
     pub layers: Vec<LayerSensitivity>,
     /// The tallies behind `layers`: only, without.
     pub tallies: Vec<[Tally; 2]>,
 }
 
-/// A tensor replaced by another, and what that changes.
+/// How to look for what layers cost.
+pub struct SensitivityOptions<'a> {
+    /// The samples' classes, in their order.
+    pub labels: Option<&'a [usize]>,
+    /// Threads of the engine.
+    pub threads: usize,
+    /// Whether layers that read the same tensor are looked at one by one.
+    pub apart: bool,
+    /// If there are any, only these layers are looked at.
+    pub only: &'a [Selector],
+    /// Set when the user wants to stop.
+    pub stop: &'a AtomicBool,
+}
+
+impl SensitivityOptions<'_> {
+    /// The layers of a prepared model that are looked at, and together with which others.
+    ///
+    /// # Errors
+    /// A pattern that fits no node.
+    pub fn units(&self, prepared: &Prepared) -> Result<Vec<Vec<Layer>>> {
+        let graph = Graph::new(prepared.model.graph())?;
+        let mut found = layers(&graph, &prepared.plan);
+        let mut wanted = BTreeSet::new();
+        for pattern in self.only {
+            wanted.extend(pattern.nodes(&graph, &prepared.folded)?);
+        }
+        found.retain(|layer| self.only.is_empty() || wanted.contains(&layer.id));
+        Ok(units(found, self.apart))
+    }
+}
+
+/// Tensors replaced by others, and what that changes.
 struct Probe {
-    replaced: String,
-    by: String,
+    /// What is replaced, and by what.
+    replaced: Vec<[String; 2]>,
     rest: Rest,
+}
+
+impl Probe {
+    fn new(graph: &Graph, replaced: Vec<String>, by: Vec<String>) -> Probe {
+        let rest = rest(graph, &replaced);
+        Probe { rest, replaced: replaced.into_iter().zip(by).map(|(from, to)| [from, to]).collect() }
+    }
 }
 
 /// What a sample came to.
@@ -67,12 +105,12 @@ impl Side {
         apply(all.graph_mut(), edits.into_iter().flatten().collect())?;
         let given: BTreeSet<&str> = model.graph().input.iter().map(|i| i.name()).collect();
         let mut kept: BTreeSet<String> = outputs.iter().cloned().collect();
-        for Probe { replaced, by, rest } in &probes {
-            let needed = rest.feeds.iter().chain([replaced, by]).filter(|name| !given.contains(name.as_str()));
-            kept.extend(needed.cloned());
+        for Probe { replaced, rest } in &probes {
+            let needed = rest.feeds.iter().chain(replaced.iter().flatten());
+            kept.extend(needed.filter(|name| !given.contains(name.as_str())).cloned());
         }
         let kept: Vec<String> = kept.into_iter().collect();
-        Ok(Side { runner: Rten::new(&all, &kept, threads)?, outputs: outputs.to_vec(), kept, probes })
+        Ok(Side { runner: Rten::packed(&all, &kept, threads)?, outputs: outputs.to_vec(), kept, probes })
     }
 
     /// The outputs, and a tally a probe against `exact` (this model's own outputs if none are given).
@@ -94,23 +132,28 @@ impl Side {
         let own = own.collect::<Result<BTreeMap<String, Tensor>>>()?;
         let exact = exact.unwrap_or(&own);
         let mut tallies = Vec::with_capacity(self.probes.len());
-        for Probe { replaced, by, rest } in &self.probes {
-            let mut feeds = vec![(replaced.clone(), get(by)?.clone())];
+        for Probe { replaced, rest } in &self.probes {
+            let mut feeds = Vec::with_capacity(replaced.len() + rest.feeds.len());
+            let mut changed: BTreeMap<&str, &Tensor> = BTreeMap::new();
+            for [from, by] in replaced {
+                feeds.push((from.clone(), get(by)?.clone()));
+                // It may be an output of the graph itself.
+                changed.insert(from, get(by)?);
+            }
             for name in &rest.feeds {
                 feeds.push((name.clone(), get(name)?.clone()));
             }
-            let changed = match rest.outputs.contains(replaced) {
-                // The layer's output is the graph's own.
-                true if rest.outputs.len() == 1 => vec![get(by)?.clone()],
-                _ => self.runner.run(&feeds, &rest.outputs)?,
-            };
-            let changed: BTreeMap<&str, &Tensor> = rest.outputs.iter().map(String::as_str).zip(&changed).collect();
+            let wanted: Vec<String> =
+                rest.outputs.iter().filter(|name| !changed.contains_key(name.as_str())).cloned().collect();
+            let made = if wanted.is_empty() { Vec::new() } else { self.runner.run(&feeds, &wanted)? };
+            changed.extend(wanted.iter().map(String::as_str).zip(&made));
             let found: Vec<&Tensor> =
                 own.iter().map(|(name, tensor)| changed.get(name.as_str()).copied().unwrap_or(tensor)).collect();
             tallies.push(tally(exact, &found, &self.outputs, label)?);
             progress();
         }
-        let shapes = self.probes.iter().map(|p| Ok((p.replaced.clone(), get(&p.replaced)?.dims.clone())));
+        let replaced = self.probes.iter().flat_map(|p| &p.replaced);
+        let shapes = replaced.map(|[name, _]| Ok((name.clone(), get(name)?.dims.clone())));
         let shapes = shapes.collect::<Result<_>>()?;
         Ok(Ran { outputs: own, tallies, shapes })
     }
@@ -139,19 +182,19 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(prepared: &Prepared, quantized: &Model, layers: &[Layer], threads: usize) -> Result<Bench> {
+    fn new(prepared: &Prepared, quantized: &Model, units: &[Vec<Layer>], threads: usize) -> Result<Bench> {
         let Prepared { model, folded, plan, calibration, .. } = prepared;
         let outputs: Vec<String> = model.graph().output.iter().map(|o| o.name().to_owned()).collect();
         let (graph, after) = (Graph::new(model.graph())?, Graph::new(quantized.graph())?);
         let (mut integers, mut floats) = (Vec::new(), Vec::new());
-        for (index, layer) in layers.iter().enumerate() {
-            let branch = in_integers(model, &plan.settings, folded, calibration, layer.id, &format!("only{index}:"))?;
-            let probe = Probe { replaced: layer.makes.clone(), by: branch.makes, rest: rest(&graph, &layer.makes) };
-            integers.push((branch.edits, probe));
-            let branch = in_float(model, plan, &after, layer.id, &format!("without{index}:"))?;
-            let replaced = rounded(&after, plan, &layer.makes);
-            let probe = Probe { rest: rest(&after, &replaced), replaced, by: branch.makes };
-            floats.push((branch.edits, probe));
+        for (index, unit) in units.iter().enumerate() {
+            let ids: Vec<usize> = unit.iter().map(|layer| layer.id).collect();
+            let branch = in_integers(model, &plan.settings, folded, calibration, &ids, &format!("only{index}:"))?;
+            let replaced = unit.iter().map(|layer| layer.makes.clone()).collect();
+            integers.push((branch.edits, Probe::new(&graph, replaced, branch.makes)));
+            let branch = in_float(model, plan, &after, &ids, &format!("without{index}:"))?;
+            let replaced = unit.iter().map(|layer| rounded(&after, plan, &layer.makes)).collect();
+            floats.push((branch.edits, Probe::new(&after, replaced, branch.makes)));
         }
         let alone = [weights_alone(model, quantized, plan)?, activations_alone(model, quantized, plan)?];
         let [weights, activations] = alone;
@@ -180,9 +223,9 @@ impl Bench {
     }
 }
 
-/// Steps of [`sensitivity`] a sample.
-pub fn steps(layers: usize) -> u64 {
-    2 + 2 * layers as u64
+/// Steps of [`sensitivity`] a sample, with so many units.
+pub fn steps(units: usize) -> u64 {
+    2 + 2 * units as u64
 }
 
 /// What is in a sample, in short.
@@ -245,8 +288,8 @@ pub fn effects(
     let mut branches = Vec::new();
     for (index, (id, settings)) in cases.iter().enumerate() {
         let made = plan.output(&graph, *id);
-        let branch = in_integers(model, settings, folded, calibration, *id, &format!("only{index}:"))?;
-        branches.push((branch.edits, Probe { rest: rest(&graph, &made), replaced: made, by: branch.makes }));
+        let branch = in_integers(model, settings, folded, calibration, &[*id], &format!("only{index}:"))?;
+        branches.push((branch.edits, Probe::new(&graph, vec![made], branch.makes)));
     }
     let side = Side::new(model, branches, &outputs, threads)?;
     let mut sums = vec![Tally::default(); cases.len()];
@@ -263,25 +306,25 @@ pub fn effects(
     Ok((sums, dims))
 }
 
-/// Runs every sample through the models. `labels` are the samples' classes, in their order; `progress` is called
-/// [`steps`] times a sample, by any thread.
+/// Runs every sample through the models. `progress` is called [`steps`] times a sample, by any thread.
 ///
 /// # Errors
 /// A sample that can't be read or run, fewer labels than samples, a state of other models, or the wish to stop.
 pub fn sensitivity(
     prepared: &Prepared,
     data: &Data,
-    labels: Option<&[usize]>,
-    threads: usize,
+    options: &SensitivityOptions,
     state: &mut State,
-    stop: &AtomicBool,
     progress: &(dyn Fn() + Sync),
 ) -> Result<Sensitivity> {
-    let layers = layers(&Graph::new(prepared.model.graph())?, &prepared.plan);
+    let &SensitivityOptions { labels, threads, stop, .. } = options;
+    let units = options.units(prepared)?;
     let quantized = prepared.quantize()?;
-    let bench = Bench::new(prepared, &quantized, &layers, threads)?;
-    let cases = 3 + 2 * layers.len();
-    state.begin(&digest(&[&prepared.model.proto.encode_to_vec(), &quantized.proto.encode_to_vec()]))?;
+    let bench = Bench::new(prepared, &quantized, &units, threads)?;
+    let cases = 3 + 2 * units.len();
+    let named: Vec<Vec<&str>> = units.iter().map(|unit| unit.iter().map(|l| l.node.as_str()).collect()).collect();
+    let models = [prepared.model.proto.encode_to_vec(), quantized.proto.encode_to_vec()];
+    state.begin(&digest(&[&models[0], &models[1], format!("{named:?}").as_bytes()]))?;
     let mut sums = vec![Tally::default(); cases];
     let labelled = |sample: Sample, index: usize| {
         let label = labels.map(|labels| {
@@ -297,7 +340,7 @@ pub fn sensitivity(
     let samples = in_batches(data, threads, stop, &labelled, &mut |batch: Vec<(Sample, Option<usize>, String)>| {
         let one = |(sample, label, name): &(Sample, Option<usize>, String)| match state.get(name, cases) {
             Some(known) => {
-                (0..steps(layers.len())).for_each(|_| progress());
+                (0..steps(units.len())).for_each(|_| progress());
                 Ok(known.clone())
             }
             None => bench.run(sample, *label, progress),
@@ -316,8 +359,11 @@ pub fn sensitivity(
         float_accuracy: (both.labelled > 0).then(|| both.right[0] as f64 / both.labelled as f64),
     };
     let tallies: Vec<[Tally; 2]> = sums[3..].as_chunks::<2>().0.to_vec();
-    let rows = layers.into_iter().zip(&tallies);
-    let layers =
-        rows.map(|(layer, [only, without])| LayerSensitivity { layer, only: only.score(), without: without.score() });
-    Ok(Sensitivity { samples, sources, layers: layers.collect(), tallies })
+    let row = |(unit, [only, without]): (Vec<Layer>, &[Tally; 2])| {
+        let with = unit.iter().skip(1).map(|layer| layer.node.clone()).collect();
+        let layer = unit.into_iter().next()?;
+        Some(LayerSensitivity { layer, with, only: only.score(), without: without.score() })
+    };
+    let layers = units.into_iter().zip(&tallies).filter_map(row).collect();
+    Ok(Sensitivity { samples, sources, layers, tallies })
 }

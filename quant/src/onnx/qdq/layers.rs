@@ -8,11 +8,8 @@ use crate::onnx::graph::label;
 use crate::onnx::plan::{Kind, Target};
 use crate::onnx::proto::*;
 use crate::onnx::tensor::{floats, from_f32};
-use crate::onnx::weights::{
-    Layout, Seen, Weight, least_scales, quantize, quantize_bias, reads_channels, rows, transpose,
-};
+use crate::onnx::weights::{Layout, Seen, Weight, least_scales, quantize, quantize_bias, rows, transpose};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// Weights that are written already, with their names: two layers may share one.
 type Written = BTreeMap<(String, i64), (Weight, String)>;
@@ -238,8 +235,7 @@ impl Writer<'_> {
             return Ok(known.clone());
         }
         let importance = self.importance(node, tensor);
-        let input = self.calibration.inputs.get(node.arg(0)).filter(|_| reads_channels(&self.graph, node));
-        let seen = Seen { importance: importance.as_deref(), input: input.map(Arc::as_ref) };
+        let seen = Seen { importance: importance.as_deref(), inputs: self.calibration.inputs_of(&self.graph, node) };
         quantize(tensor, layout, self.plan.settings.weights, seen, least)
     }
 
