@@ -7,6 +7,10 @@
 //! hidden = norm(x);  logits = hidden * Whead
 //! ```
 
+mod partial;
+
+pub use partial::PARTS;
+
 use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Segment};
 use crate::config::ModelConfig;
 use crate::error::{ModelError, Result};
@@ -254,51 +258,58 @@ impl<B: Backend> Decoder<B> {
         let b = &self.backend;
         let rows = cx.rows;
         b.embed(&self.embedding, &cx.tokens, c.embedding_scale.unwrap_or(1.0), &mut cx.x)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            b.rms_norm(&cx.x, &layer.attention_norm, c.rms_eps, rows, &mut cx.h)?;
-            self.show(&mut tap, i, Site::Qkv, &cx.h, rows, c.hidden)?;
-            b.linear(
-                &mut cx.h,
-                rows,
-                &mut [
-                    Linear { weight: &layer.q, bias: layer.q_bias.as_ref(), out: &mut cx.q },
-                    Linear { weight: &layer.k, bias: layer.k_bias.as_ref(), out: &mut cx.k },
-                    Linear { weight: &layer.v, bias: layer.v_bias.as_ref(), out: &mut cx.v },
-                ],
-            )?;
-            if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
-                b.head_norm(&mut cx.q, q_norm, c.rms_eps, rows)?;
-                b.head_norm(&mut cx.k, k_norm, c.rms_eps, rows)?;
-            }
-            if c.layers[i].rope {
-                let qkv = (&mut cx.q, &mut cx.k, &cx.v);
-                b.rope_and_append(&mut cx.caches, i, &cx.rope, c.head_dim, qkv, &cx.segments)?;
-            } else {
-                b.append(&mut cx.caches, i, &cx.k, &cx.v, &cx.segments)?;
-            }
-            let spec = self.attention_spec(i);
-            b.attention(&cx.caches, i, &cx.q, &spec, &cx.segments, &mut cx.attended)?;
-            self.show(&mut tap, i, Site::Output, &cx.attended, rows, c.q_width())?;
-            self.residual(&mut cx.attended, rows, (&layer.o, layer.o_bias.as_ref()), &mut cx.h, &mut cx.x)?;
-
-            b.rms_norm(&cx.x, &layer.ffn_norm, c.rms_eps, rows, &mut cx.h)?;
-            self.show(&mut tap, i, Site::GateUp, &cx.h, rows, c.hidden)?;
-            b.linear(
-                &mut cx.h,
-                rows,
-                &mut [
-                    Linear { weight: &layer.gate, bias: layer.gate_bias.as_ref(), out: &mut cx.gate },
-                    Linear { weight: &layer.up, bias: layer.up_bias.as_ref(), out: &mut cx.up },
-                ],
-            )?;
-            b.gated(c.activation, &mut cx.gate, &cx.up, rows)?;
-            self.show(&mut tap, i, Site::Down, &cx.gate, rows, c.ffn)?;
-            self.residual(&mut cx.gate, rows, (&layer.down, layer.down_bias.as_ref()), &mut cx.h, &mut cx.x)?;
+        for i in 0..self.layers.len() {
+            self.layer(cx, i, &mut tap)?;
         }
         b.rms_norm(&cx.x, &self.norm, c.rms_eps, rows, &mut cx.h)?;
         for segment in &cx.segments {
             cx.lengths[segment.sequence] += segment.rows.len();
         }
+        Ok(())
+    }
+
+    /// Sends the batch's residual stream through one layer.
+    fn layer(&self, cx: &mut Context<B>, i: usize, tap: &mut Option<&mut dyn Tap>) -> Result<()> {
+        let (c, b, rows, layer) = (&self.config, &self.backend, cx.rows, &self.layers[i]);
+        b.rms_norm(&cx.x, &layer.attention_norm, c.rms_eps, rows, &mut cx.h)?;
+        self.show(tap, i, Site::Qkv, &cx.h, rows, c.hidden)?;
+        b.linear(
+            &mut cx.h,
+            rows,
+            &mut [
+                Linear { weight: &layer.q, bias: layer.q_bias.as_ref(), out: &mut cx.q },
+                Linear { weight: &layer.k, bias: layer.k_bias.as_ref(), out: &mut cx.k },
+                Linear { weight: &layer.v, bias: layer.v_bias.as_ref(), out: &mut cx.v },
+            ],
+        )?;
+        if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
+            b.head_norm(&mut cx.q, q_norm, c.rms_eps, rows)?;
+            b.head_norm(&mut cx.k, k_norm, c.rms_eps, rows)?;
+        }
+        if c.layers[i].rope {
+            let qkv = (&mut cx.q, &mut cx.k, &cx.v);
+            b.rope_and_append(&mut cx.caches, i, &cx.rope, c.head_dim, qkv, &cx.segments)?;
+        } else {
+            b.append(&mut cx.caches, i, &cx.k, &cx.v, &cx.segments)?;
+        }
+        let spec = self.attention_spec(i);
+        b.attention(&cx.caches, i, &cx.q, &spec, &cx.segments, &mut cx.attended)?;
+        self.show(tap, i, Site::Output, &cx.attended, rows, c.q_width())?;
+        self.residual(&mut cx.attended, rows, (&layer.o, layer.o_bias.as_ref()), &mut cx.h, &mut cx.x)?;
+
+        b.rms_norm(&cx.x, &layer.ffn_norm, c.rms_eps, rows, &mut cx.h)?;
+        self.show(tap, i, Site::GateUp, &cx.h, rows, c.hidden)?;
+        b.linear(
+            &mut cx.h,
+            rows,
+            &mut [
+                Linear { weight: &layer.gate, bias: layer.gate_bias.as_ref(), out: &mut cx.gate },
+                Linear { weight: &layer.up, bias: layer.up_bias.as_ref(), out: &mut cx.up },
+            ],
+        )?;
+        b.gated(c.activation, &mut cx.gate, &cx.up, rows)?;
+        self.show(tap, i, Site::Down, &cx.gate, rows, c.ffn)?;
+        self.residual(&mut cx.gate, rows, (&layer.down, layer.down_bias.as_ref()), &mut cx.h, &mut cx.x)?;
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use crate::report::{self, Bar, Distribution, Histogram, Page, Part, Worst};
 use nibble_models::vision::diagnose::{ChannelRange, Diagnosis, Figures, Outlier, Score};
 use std::path::Path;
 
-fn decibels(value: Option<f64>) -> String {
+pub(in crate::commands) fn decibels(value: Option<f64>) -> String {
     value.map_or("nothing lost".into(), |db| format!("{db:.2}"))
 }
 
@@ -21,7 +21,7 @@ fn in_words(score: &Score) -> String {
     words.join(", ")
 }
 
-fn facts(figures: &Figures, outliers: &[Outlier]) -> Vec<(String, String)> {
+pub(in crate::commands) fn facts(figures: &Figures, outliers: &[Outlier]) -> Vec<(String, String)> {
     let ends = |[lo, hi]: [f32; 2]| format!("{lo:.4} to {hi:.4}");
     let mut facts = vec![
         ("SQNR dB".to_owned(), decibels(figures.sqnr_db)),
@@ -39,7 +39,7 @@ fn facts(figures: &Figures, outliers: &[Outlier]) -> Vec<(String, String)> {
     facts
 }
 
-fn distribution(
+pub(in crate::commands) fn distribution(
     name: &str,
     figures: &Figures,
     channels: &[ChannelRange],
