@@ -5,8 +5,8 @@
 #   scripts/quality.sh NIBBLE FOLDER [CHUNKS [NAME...]]
 #
 # NIBBLE is the program, FOLDER takes the checkpoints (about 3 GB). What is there already isn't made again. Prints one
-# line of JSON a way. NAMEs choose ways; all of them without. TOKENS of calibration (16384) and --activations
-# (ACTIVATIONS, auto) come from the environment. scripts/quality_peers.sh scores llama.cpp's files of the same checkpoint.
+# line of JSON a way. NAMEs choose ways; all of them without. TOKENS of calibration (16384), those that gradients are of
+# (GRADIENT_TOKENS, 5120) and --activations (ACTIVATIONS, auto) come from the environment. scripts/quality_peers.sh scores llama.cpp's files of the same checkpoint.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [ $# -ge 2 ] || die "usage: quality.sh NIBBLE FOLDER [CHUNKS [NAME...]]"
@@ -49,7 +49,7 @@ of() {
 # way NAME FLAG...: without statistics; inputs NAME FLAG...: with those of inputs; both NAME FLAG...: of gradients too.
 way() { wanted "$1" || return 0; of "$FLOAT" "$@"; }
 inputs() { wanted "$1" || return 0; of "$FLOAT" "$@" --stats "$(stats inputs "$FLOAT")"; }
-both() { wanted "$1" || return 0; of "$FLOAT" "$@" --effort max --stats "$(stats both "$FLOAT" --gradients)"; }
+both() { wanted "$1" || return 0; of "$FLOAT" "$@" --stats "$(stats both "$FLOAT" --gradients)"; }
 # turned NAME HOW FLAG...: the checkpoint rewritten, with statistics of its own.
 turned() {
     wanted "$1" || return 0
@@ -58,27 +58,39 @@ turned() {
     model="$(transformed "$how")"
     of "$model" "$name" "$@" --stats "$(stats "$how" "$model")"
 }
-linear() { printf '%s' "*.layers.*_proj.weight=int4-nl-g32-dq:$1"; }
+# text NAME FLAG...: block by block over the calibration text.
+text() { wanted "$1" || return 0; of "$FLOAT" "$@" --calib "$CACHE/texts/calib.txt" --calib-tokens "$TOKENS"; }
+# allocated NAME BITS FLAG...: bits by gradients (of GRADIENT_TOKENS), everything else by statistics of inputs.
+allocated() {
+    wanted "$1" || return 0
+    local name="$1" bits="$2" recipe="$FOLDER/$2.toml" rules=() rule
+    shift 2
+    [ -f "$recipe" ] || "$NIBBLE" quantize "$FLOAT" -o "$FOLDER/none" --dry-run --quiet --fixed-levels --target-bpw "$bits" \
+        --stats "$(TOKENS="${GRADIENT_TOKENS:-5120}" stats both "$FLOAT" --gradients)" --save-recipe "$recipe" >/dev/null
+    while IFS= read -r rule; do rules+=(--rule "$rule"); done < <(python3 "$REPO/scripts/peers/rules.py" "$recipe")
+    of "$FLOAT" "$name" --stats "$(stats inputs "$FLOAT")" --algorithm descent "${rules[@]}" "$@"
+}
 
 WANTED=("$@")
-# Ablation at 4.22 bits.
-way rtn --rule "$(linear rtn)"
-way hqq --scheme int4-g64-asym-dq --rule '*.layers.*_proj.weight=int4-g64-asym-dq:hqq'
+# Algorithms at 4.22 bits, the scheme's levels; then levels of each layer's own.
+way rtn --algorithm rtn
+way hqq --scheme int4-g64-asym-dq --algorithm hqq
 way data-free
-inputs search --rule "$(linear search)"
-inputs gptq --fixed-levels
-inputs descent --fixed-levels --rule "$(linear descent)"
-inputs levels
-inputs levels-descent --effort max
-both yaqa
-turned hadamard hadamard --effort max
-turned awq awq --effort max
+for algorithm in search gptq descent; do
+    inputs "$algorithm" --fixed-levels --algorithm "$algorithm"
+    inputs "levels-$algorithm" --algorithm "$algorithm"
+done
+text sequential --sequential --algorithm descent
+text autoround --algorithm autoround
+both yaqa --algorithm yaqa
+# Transforms.
+turned hadamard hadamard --algorithm descent
+turned awq awq --algorithm descent
+# Schemes, rounded plainly and as they are by default.
+for scheme in int3-g32-dq int4-g32-dq int5-g32-dq int6-g32-dq int8-g32-dq int4-g64-asym-dq nf4-dq; do
+    way "$scheme-rtn" --scheme "$scheme" --algorithm rtn
+    inputs "$scheme" --scheme "$scheme" --algorithm descent
+done
 # Rows of the issue.
-both at-4.30 --target-bpw 4.30
-both at-5.5 --target-bpw 5.5
-both at-6.0 --target-bpw 6.0
-both at-3.5 --target-bpw 3.5
-both at-4.127 --target-bpw 4.127
-both int8 --scheme int8-g32-dq
-way int8-data-free --scheme int8-g32-dq
-way nf4 --scheme nf4-dq
+for bits in 3.5 4.127 4.30 5.5 6.0; do allocated "at-$bits" "$bits"; done
+ACTIVATIONS=int8 way w8a8 --scheme int8-channel

@@ -3,6 +3,7 @@
 mod bench;
 mod calibrate;
 mod chat;
+mod diagnose;
 mod diff;
 mod doctor;
 mod eval;
@@ -54,6 +55,7 @@ pub static COMMANDS: &[Command] = &[
     command::<chat::Chat>("chat"),
     command::<bench::Bench>("bench"),
     command::<eval::Eval>("eval"),
+    command::<diagnose::Diagnose>("diagnose"),
     command::<inspect::Inspect>("inspect"),
     command::<verify::Verify>("verify"),
     command::<diff::Diff>("diff"),

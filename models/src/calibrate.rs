@@ -55,7 +55,7 @@ pub struct Calibration {
 }
 
 /// Layers that read one input, by place.
-const SITES: [(Site, &[&str]); 4] = [
+pub(crate) const SITES: [(Site, &[&str]); 4] = [
     (Site::Qkv, &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     (Site::Output, &["self_attn.o_proj"]),
     (Site::GateUp, &["mlp.gate_proj", "mlp.up_proj"]),

@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct CpuBackend {
     pool: Arc<Pool>,
     act: ActKind,
+    /// Whether activations are rounded to int8, as integer kernels round them, before they are multiplied in floats.
+    rounds: bool,
     scratch: Mutex<Vec<(ScratchShape, AttentionScratch)>>,
 }
 
@@ -26,12 +28,27 @@ type ScratchShape = (usize, usize, usize);
 impl CpuBackend {
     /// Computes on this pool's threads; `act` says in which numbers activations meet quantized weights.
     pub fn new(pool: Arc<Pool>, act: ActKind) -> CpuBackend {
-        CpuBackend { pool, act, scratch: Mutex::new(Vec::new()) }
+        CpuBackend { pool, act, rounds: false, scratch: Mutex::new(Vec::new()) }
+    }
+
+    /// Computes in floats on activations that are rounded to int8 as integer kernels round them: what int8 activations
+    /// alone cost.
+    pub fn with_rounded_activations(pool: Arc<Pool>) -> CpuBackend {
+        CpuBackend { rounds: true, ..CpuBackend::new(pool, ActKind::F32) }
     }
 
     /// The threads it computes on.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
+    }
+
+    /// The first `rows` rows as kernels read them.
+    fn activations<'a>(&self, x: &'a mut CpuBuffer, rows: usize) -> Result<&'a mut Activations> {
+        let x = x.packed(rows)?;
+        if self.rounds {
+            round_to_int8(&self.pool, x);
+        }
+        Ok(x)
     }
 
     fn ops(&self) -> Ops<'_> {
@@ -55,7 +72,7 @@ impl CpuBuffer {
     }
 
     /// `rows` rows to be overwritten.
-    fn write(&mut self, rows: usize) -> &mut [f32] {
+    pub(crate) fn write(&mut self, rows: usize) -> &mut [f32] {
         if self.is_flat() {
             if self.packed.m() != rows {
                 self.packed.reshape(rows, self.width);
@@ -153,7 +170,7 @@ impl Backend for CpuBackend {
     }
 
     fn linear(&self, x: &mut CpuBuffer, rows: usize, products: &mut [Linear<'_, Self>]) -> Result<()> {
-        let x = x.packed(rows)?;
+        let x = self.activations(x, rows)?;
         // Products that share activations share a parallel region; three are enough for q, k and v.
         for products in products.chunks_mut(3) {
             match products {
@@ -177,7 +194,7 @@ impl Backend for CpuBackend {
         out: &mut CpuBuffer,
     ) -> Result<()> {
         let product = Product { weight, bias: bias.map(Vec::as_slice), accumulate: true, out: out.edit(rows) };
-        Ok(multiply(&self.pool, x.packed(rows)?, &mut [product], self.act)?)
+        Ok(multiply(&self.pool, self.activations(x, rows)?, &mut [product], self.act)?)
     }
 
     fn rope(&self, x: &mut CpuBuffer, table: &RopeTable, head_dim: usize, segments: &[Segment]) -> Result<()> {
@@ -282,6 +299,15 @@ impl Backend for CpuBackend {
         cache.iter_mut().for_each(|layer| layer.truncate(length));
         Ok(())
     }
+}
+
+/// Activations become what integer kernels make of them: int8 with a scale every 32 values of a row.
+pub(crate) fn round_to_int8(pool: &Pool, x: &mut Activations) {
+    x.prepare(pool, ActKind::I8, 1);
+    let blocks = (0..x.m()).flat_map(|row| x.codes(row).into_iter().flatten());
+    let rounded = blocks.flat_map(|block| block.quads.as_flattened().iter().map(|c| block.scale * f32::from(*c)));
+    let rounded: Vec<f32> = rounded.collect();
+    x.values_mut().copy_from_slice(&rounded);
 }
 
 /// A product that overwrites its output.

@@ -7,6 +7,10 @@
 //! logits = norm(x) * Whead
 //! ```
 
+mod partial;
+
+pub use partial::PARTS;
+
 use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Norm, Segment};
 use crate::config::ModelConfig;
 use crate::error::{ModelError, Result};
@@ -254,51 +258,57 @@ impl<B: Backend> Decoder<B> {
         let b = &self.backend;
         let rows = cx.rows;
         b.embed(&self.embedding, &cx.tokens, c.embedding_scale.unwrap_or(1.0), &mut cx.x)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let norm = Norm { x: &cx.x, gain: &layer.attention_norm, eps: c.rms_eps, out: &mut cx.h };
-            let products = &mut [
-                Linear { weight: &layer.q, bias: layer.q_bias.as_ref(), out: &mut cx.q },
-                Linear { weight: &layer.k, bias: layer.k_bias.as_ref(), out: &mut cx.k },
-                Linear { weight: &layer.v, bias: layer.v_bias.as_ref(), out: &mut cx.v },
-            ];
-            match &mut tap {
-                None => b.norm_linear(norm, rows, products)?,
-                tap => {
-                    b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
-                    self.show(tap, i, Site::Qkv, norm.out, rows, c.hidden)?;
-                    b.linear(norm.out, rows, products)?;
-                }
-            }
-            if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
-                b.head_norm(&mut cx.q, q_norm, c.rms_eps, rows)?;
-                b.head_norm(&mut cx.k, k_norm, c.rms_eps, rows)?;
-            }
-            let spec = self.attention_spec(i);
-            let rope = c.layers[i].rope.then_some(&cx.rope);
-            let qkv = (&mut cx.q, &mut cx.k, &cx.v);
-            b.append_and_attend(&mut cx.caches, i, rope, qkv, &spec, &cx.segments, &mut cx.attended)?;
-            self.show(&mut tap, i, Site::Output, &cx.attended, rows, c.q_width())?;
-            self.residual(&mut cx.attended, rows, (&layer.o, layer.o_bias.as_ref()), &mut cx.h, &mut cx.x)?;
-
-            let norm = Norm { x: &cx.x, gain: &layer.ffn_norm, eps: c.rms_eps, out: &mut cx.h };
-            let gate = Linear { weight: &layer.gate, bias: layer.gate_bias.as_ref(), out: &mut cx.gate };
-            let up = Linear { weight: &layer.up, bias: layer.up_bias.as_ref(), out: &mut cx.up };
-            match &mut tap {
-                None => b.norm_gated(norm, rows, c.activation, gate, up)?,
-                tap => {
-                    b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
-                    self.show(tap, i, Site::GateUp, norm.out, rows, c.hidden)?;
-                    b.linear(norm.out, rows, &mut [gate, up])?;
-                    b.gated(c.activation, &mut cx.gate, &cx.up, rows)?;
-                }
-            }
-            self.show(&mut tap, i, Site::Down, &cx.gate, rows, c.ffn)?;
-            self.residual(&mut cx.gate, rows, (&layer.down, layer.down_bias.as_ref()), &mut cx.h, &mut cx.x)?;
+        for i in 0..self.layers.len() {
+            self.layer(cx, i, &mut tap)?;
         }
         for segment in &cx.segments {
             cx.lengths[segment.sequence] += segment.rows.len();
         }
         Ok(())
+    }
+
+    /// Sends the batch's residual stream through one layer.
+    fn layer(&self, cx: &mut Context<B>, i: usize, tap: &mut Option<&mut dyn Tap>) -> Result<()> {
+        let (c, b, rows, layer) = (&self.config, &self.backend, cx.rows, &self.layers[i]);
+        let norm = Norm { x: &cx.x, gain: &layer.attention_norm, eps: c.rms_eps, out: &mut cx.h };
+        let products = &mut [
+            Linear { weight: &layer.q, bias: layer.q_bias.as_ref(), out: &mut cx.q },
+            Linear { weight: &layer.k, bias: layer.k_bias.as_ref(), out: &mut cx.k },
+            Linear { weight: &layer.v, bias: layer.v_bias.as_ref(), out: &mut cx.v },
+        ];
+        match tap {
+            None => b.norm_linear(norm, rows, products)?,
+            tap => {
+                b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
+                self.show(tap, i, Site::Qkv, norm.out, rows, c.hidden)?;
+                b.linear(norm.out, rows, products)?;
+            }
+        }
+        if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
+            b.head_norm(&mut cx.q, q_norm, c.rms_eps, rows)?;
+            b.head_norm(&mut cx.k, k_norm, c.rms_eps, rows)?;
+        }
+        let spec = self.attention_spec(i);
+        let rope = c.layers[i].rope.then_some(&cx.rope);
+        let qkv = (&mut cx.q, &mut cx.k, &cx.v);
+        b.append_and_attend(&mut cx.caches, i, rope, qkv, &spec, &cx.segments, &mut cx.attended)?;
+        self.show(tap, i, Site::Output, &cx.attended, rows, c.q_width())?;
+        self.residual(&mut cx.attended, rows, (&layer.o, layer.o_bias.as_ref()), &mut cx.h, &mut cx.x)?;
+
+        let norm = Norm { x: &cx.x, gain: &layer.ffn_norm, eps: c.rms_eps, out: &mut cx.h };
+        let gate = Linear { weight: &layer.gate, bias: layer.gate_bias.as_ref(), out: &mut cx.gate };
+        let up = Linear { weight: &layer.up, bias: layer.up_bias.as_ref(), out: &mut cx.up };
+        match tap {
+            None => b.norm_gated(norm, rows, c.activation, gate, up)?,
+            tap => {
+                b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
+                self.show(tap, i, Site::GateUp, norm.out, rows, c.hidden)?;
+                b.linear(norm.out, rows, &mut [gate, up])?;
+                b.gated(c.activation, &mut cx.gate, &cx.up, rows)?;
+            }
+        }
+        self.show(tap, i, Site::Down, &cx.gate, rows, c.ffn)?;
+        self.residual(&mut cx.gate, rows, (&layer.down, layer.down_bias.as_ref()), &mut cx.h, &mut cx.x)
     }
 
     /// Logits of some rows of the last batch, (rows, vocabulary) row-major; at most the plan's `logit_rows`.

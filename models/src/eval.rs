@@ -10,10 +10,10 @@ use crate::decoder::{Context, ContextPlan, Decoder};
 use crate::error::{ModelError, Result};
 use crate::tokenizer::Tokenizer;
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Rows of logits that are held at once.
-const LOGIT_ROWS: usize = 64;
+pub(crate) const LOGIT_ROWS: usize = 64;
 
 /// What to score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -276,17 +276,63 @@ impl Predictions {
     /// # Errors
     /// The model can't be run.
     pub fn divergence_of<B: Backend>(&self, model: &Decoder<B>) -> Result<f64> {
-        let (mut sum, mut count) = (0.0, 0);
-        for (chunk, reference) in &self.chunks {
-            let logits = second_half(model, chunk)?;
-            let vocabulary = model.config().vocab_size.max(1);
-            let rows = logits.par_chunks(vocabulary).zip(reference.par_chunks(vocabulary));
-            let each: Vec<f64> =
-                rows.map(|(a, b)| score(a, Some(b), 0).against.map_or(f64::NAN, |(_, kl, _)| kl)).collect();
-            sum += each.iter().sum::<f64>();
-            count += each.len();
-        }
-        Ok(sum / count.max(1) as f64)
+        Ok(self.effect_of(model)?.kl)
+    }
+
+    /// How another model of the same vocabulary predicts.
+    ///
+    /// # Errors
+    /// The model can't be run.
+    pub fn effect_of<B: Backend>(&self, model: &Decoder<B>) -> Result<Effect> {
+        let each = self.chunks.iter().enumerate();
+        let each = each.map(|(at, (chunk, _))| Ok(self.effect_of_chunk(at, &second_half(model, chunk)?)));
+        Ok(Effect::mean(&each.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// The chunks, as models read them.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = &[u32]> {
+        self.chunks.iter().map(|(chunk, _)| chunk.as_slice())
+    }
+
+    /// The rows of a chunk that are predictions.
+    pub(crate) fn rows(&self, chunk: usize) -> Vec<usize> {
+        self.chunks.get(chunk).map_or(Vec::new(), |(chunk, _)| (chunk.len() / 2..chunk.len() - 1).collect())
+    }
+
+    /// Predictions that are kept.
+    pub(crate) fn count(&self) -> usize {
+        (0..self.chunks.len()).map(|chunk| self.rows(chunk).len()).sum()
+    }
+
+    /// Logits of a chunk's predictions, (rows, vocabulary), against those kept.
+    pub(crate) fn effect_of_chunk(&self, chunk: usize, logits: &[f32]) -> Effect {
+        let Some((tokens, reference)) = self.chunks.get(chunk) else { return Effect::mean(&[]) };
+        let rows = tokens.len() - 1 - tokens.len() / 2;
+        let vocabulary = (reference.len() / rows.max(1)).max(1);
+        let pairs = logits.par_chunks(vocabulary).zip(reference.par_chunks(vocabulary));
+        let each = pairs.map(|(a, b)| match score(a, Some(b), 0).against {
+            Some((_, kl, same)) => Effect { kl, same_top1: f64::from(u8::from(same)) },
+            None => Effect { kl: f64::NAN, same_top1: 0.0 },
+        });
+        Effect::mean(&each.collect::<Vec<_>>())
+    }
+}
+
+/// How predictions differ from a reference's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Effect {
+    /// Mean divergence, in nats.
+    pub kl: f64,
+    /// Share of predictions with the same likeliest token.
+    pub same_top1: f64,
+}
+
+impl Effect {
+    /// Of as many predictions each; NaN of none.
+    pub(crate) fn mean(all: &[Effect]) -> Effect {
+        let count = all.len() as f64;
+        let mean = |of: fn(&Effect) -> f64| all.iter().map(of).sum::<f64>() / count;
+        Effect { kl: mean(|e| e.kl), same_top1: mean(|e| e.same_top1) }
     }
 }
 

@@ -8,13 +8,11 @@
 //! The model is built once more here, from candle's tensors, since gradients need its operators' ways back. It has to
 //! give the logits of [`crate::decoder`]; a test holds them together.
 
-mod attention;
-
+use crate::block::{Block, PARTS, Positions, part_shape, read, rms_norm, weight_name};
 use crate::calibrate::{Calibration, CalibrationPlan};
-use crate::config::{Activation, ModelConfig};
+use crate::config::ModelConfig;
 use crate::error::{ModelError, Result};
 use crate::sample::Rng;
-use attention::Attention;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use nibble_quant::QuantError;
 use nibble_quant::format::source::TensorSource;
@@ -61,22 +59,13 @@ struct Linear {
     name: String,
     /// (n, k)
     weight: Tensor,
-    bias: Option<Tensor>,
     seen: Arc<Mutex<Input>>,
 }
 
 struct Layer {
-    attention_norm: Tensor,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    q_norm: Option<Tensor>,
-    k_norm: Option<Tensor>,
-    ffn_norm: Tensor,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+    block: Block,
+    /// In the order of [`PARTS`].
+    linears: Vec<Linear>,
 }
 
 /// A decoder that gradients flow through.
@@ -88,70 +77,29 @@ struct Differentiable<'a> {
     head: Tensor,
 }
 
-/// What a forward and backward pass share.
-struct Shared {
-    /// (tokens, 1, rotated pairs)
-    cos: Tensor,
-    sin: Tensor,
-}
-
 impl<'a> Differentiable<'a> {
     fn load(source: &dyn TensorSource, config: &'a ModelConfig, memory: u64) -> Result<Self> {
-        let read = |name: &str, shape: &[usize]| -> Result<Tensor> {
-            let found = &source.info(name)?.shape;
-            if found != shape {
-                let why = format!("tensor `{name}` is {found:?}; config.json asks for {shape:?}");
-                return Err(ModelError::Damaged { path: source.path().to_path_buf(), why });
-            }
-            let mut values = Vec::new();
-            source.read_f32(name, &mut values)?;
-            source.release(name);
-            if name.ends_with("norm.weight") && config.norm_add_one {
-                values.iter_mut().for_each(|g| *g += 1.0);
-            }
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
-        };
-        let (d, f, qd, kd) = (config.hidden, config.ffn, config.q_width(), config.kv_width());
+        let d = config.hidden;
         let mut left = memory;
         let mut layers = Vec::with_capacity(config.layers.len());
         for i in 0..config.layers.len() {
-            let mut linear = |part: &str, n: usize, k: usize, bias: bool| -> Result<Linear> {
-                let at = |rest: &str| format!("model.layers.{i}.{part}.{rest}");
+            let mut linear = |part: usize| -> Result<Linear> {
+                let ([n, k], name) = (part_shape(config, part), weight_name(i, part));
                 let bytes = gram_bytes(n) + gram_bytes(k);
                 let granted = bytes <= left;
                 left -= if granted { bytes } else { 0 };
-                Ok(Linear {
-                    weight: read(&at("weight"), &[n, k])?,
-                    bias: if bias { Some(read(&at("bias"), &[n])?) } else { None },
-                    seen: Arc::new(Mutex::new(if granted { Input::both(k, n) } else { Input::new(k, false) })),
-                    name: at("weight"),
-                })
+                let seen = if granted { Input::both(k, n) } else { Input::new(k, false) };
+                Ok(Linear { weight: read(source, config, &name, &[n, k])?, seen: Arc::new(Mutex::new(seen)), name })
             };
-            let vector = |part: &str, n: usize| read(&format!("model.layers.{i}.{part}.weight"), &[n]);
-            let head_norm = |part: &str| match config.qk_norm {
-                true => vector(part, config.head_dim).map(Some),
-                false => Ok(None),
-            };
-            layers.push(Layer {
-                attention_norm: vector("input_layernorm", d)?,
-                q: linear("self_attn.q_proj", qd, d, config.qkv_bias)?,
-                k: linear("self_attn.k_proj", kd, d, config.qkv_bias)?,
-                v: linear("self_attn.v_proj", kd, d, config.qkv_bias)?,
-                o: linear("self_attn.o_proj", d, qd, config.o_bias)?,
-                gate: linear("mlp.gate_proj", f, d, config.mlp_bias)?,
-                up: linear("mlp.up_proj", f, d, config.mlp_bias)?,
-                down: linear("mlp.down_proj", d, f, config.mlp_bias)?,
-                q_norm: head_norm("self_attn.q_norm")?,
-                k_norm: head_norm("self_attn.k_norm")?,
-                ffn_norm: vector("post_attention_layernorm", d)?,
-            });
+            let linears = (0..PARTS.len()).map(&mut linear).collect::<Result<_>>()?;
+            layers.push(Layer { block: Block::load(source, config, i)?, linears });
         }
-        let embedding = read("model.embed_tokens.weight", &[config.vocab_size, d])?;
+        let embedding = read(source, config, "model.embed_tokens.weight", &[config.vocab_size, d])?;
         let head = match config.tie_embeddings {
             true => embedding.clone(),
-            false => read("lm_head.weight", &[config.vocab_size, d])?,
+            false => read(source, config, "lm_head.weight", &[config.vocab_size, d])?,
         };
-        Ok(Differentiable { config, embedding, layers, norm: read("model.norm.weight", &[d])?, head })
+        Ok(Differentiable { config, embedding, layers, norm: read(source, config, "model.norm.weight", &[d])?, head })
     }
 
     /// One chunk forward and back.
@@ -172,58 +120,12 @@ impl<'a> Differentiable<'a> {
 
     /// (tokens, hidden) before the output head.
     fn hidden(&self, embedded: &Tensor) -> Candle<Tensor> {
-        let (c, count) = (self.config, embedded.dim(0)?);
-        let rope = c.rope.frequencies();
-        let angle = |f: fn(f64) -> f64| -> Candle<Tensor> {
-            let values: Vec<f32> = (0..count)
-                .flat_map(|p| rope.inv_freq.iter().map(move |w| f(p as f64 * *w as f64) as f32))
-                .map(|v| v * rope.attention_factor)
-                .collect();
-            Tensor::from_vec(values, (count, 1, rope.inv_freq.len()), &Device::Cpu)
-        };
-        let shared = Shared { cos: angle(f64::cos)?, sin: angle(f64::sin)? };
-        let scale = c.residual_scale.unwrap_or(1.0) as f64;
+        let positions = Positions::new(self.config, embedded.dim(0)?)?;
         let mut x = embedded.clone();
-        for (i, layer) in self.layers.iter().enumerate() {
-            let h = rms_norm(&x, &layer.attention_norm, c.rms_eps)?;
-            let attended = self.attention(i, layer, &h, &shared)?;
-            x = (x + (layer.o.forward(&attended)? * scale)?)?;
-            let h = rms_norm(&x, &layer.ffn_norm, c.rms_eps)?;
-            let gate = layer.gate.forward(&h)?;
-            let gate = match c.activation {
-                Activation::Silu => gate.silu()?,
-                Activation::GeluTanh => gate.gelu()?,
-            };
-            let product = (gate * layer.up.forward(&h)?)?;
-            x = (x + (layer.down.forward(&product)? * scale)?)?;
+        for layer in &self.layers {
+            x = layer.block.forward(self.config, &positions, &x, &mut |part, h| layer.linears[part].forward(h))?;
         }
-        rms_norm(&x, &self.norm, c.rms_eps)
-    }
-
-    fn attention(&self, i: usize, layer: &Layer, h: &Tensor, shared: &Shared) -> Candle<Tensor> {
-        let (c, count) = (self.config, h.dim(0)?);
-        let heads = |linear: &Linear, norm: Option<&Tensor>, heads: usize, turn: bool| -> Candle<Tensor> {
-            let mut x = linear.forward(h)?.reshape((count, heads, c.head_dim))?;
-            if let Some(gain) = norm {
-                x = rms_norm(&x, gain, c.rms_eps)?;
-            }
-            if turn {
-                x = rotate(&x, shared)?;
-            }
-            x.transpose(0, 1)?.contiguous()
-        };
-        let turn = c.layers[i].rope;
-        let q = heads(&layer.q, layer.q_norm.as_ref(), c.heads, turn)?;
-        let k = heads(&layer.k, layer.k_norm.as_ref(), c.kv_heads, turn)?;
-        let v = heads(&layer.v, None, c.kv_heads, false)?;
-        let op = Attention {
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            scale: c.query_scale,
-            softcap: c.attention_softcap,
-            window: c.layers[i].window,
-        };
-        op.apply(&q, &k, &v)?.transpose(0, 1)?.contiguous()?.reshape((count, c.q_width()))
+        rms_norm(&x, &self.norm, self.config.rms_eps)
     }
 
     /// Gradient of the negative log likelihood of tokens drawn from the predictions, by what the head reads.
@@ -249,7 +151,7 @@ impl<'a> Differentiable<'a> {
         let mut stats = Stats { made_from, ..Stats::default() };
         let mut grams = (0, 0);
         for layer in self.layers {
-            for linear in [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down] {
+            for linear in layer.linears {
                 let seen =
                     Arc::into_inner(linear.seen).map(|seen| seen.into_inner().unwrap_or_else(PoisonError::into_inner));
                 let Some(input) = seen else { continue };
@@ -288,34 +190,9 @@ fn by_logits(row: &mut [f32], softcap: Option<f32>, scale: f32, rng: &mut Rng) {
     }
 }
 
-/// x / rms(x) * gain over the last dimension.
-fn rms_norm(x: &Tensor, gain: &Tensor, eps: f32) -> Candle<Tensor> {
-    let width = x.dims().last().copied().unwrap_or(1);
-    let mean = (x.sqr()?.sum_keepdim(candle_core::D::Minus1)? / width as f64)?;
-    x.broadcast_div(&(mean + eps as f64)?.sqrt()?)?.broadcast_mul(gain)
-}
-
-/// Rotary positions by halves, (tokens, heads, head width).
-fn rotate(x: &Tensor, shared: &Shared) -> Candle<Tensor> {
-    let (_, _, width) = x.dims3()?;
-    let pairs = shared.cos.dim(2)?;
-    let (a, b) = (x.narrow(2, 0, pairs)?, x.narrow(2, pairs, pairs)?);
-    let first = (a.broadcast_mul(&shared.cos)? - b.broadcast_mul(&shared.sin)?)?;
-    let second = (b.broadcast_mul(&shared.cos)? + a.broadcast_mul(&shared.sin)?)?;
-    match width - 2 * pairs {
-        0 => Tensor::cat(&[first, second], 2),
-        rest => Tensor::cat(&[first, second, x.narrow(2, 2 * pairs, rest)?], 2),
-    }
-}
-
 impl Linear {
     fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let op = Product { name: self.name.clone(), weight: self.weight.clone(), seen: Arc::clone(&self.seen) };
-        let y = x.contiguous()?.apply_op1(op)?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
+        x.apply_op1(Product { name: self.name.clone(), weight: self.weight.clone(), seen: Arc::clone(&self.seen) })
     }
 }
 

@@ -2,12 +2,14 @@
 
 pub mod backend;
 pub mod bench;
+mod block;
 pub mod bridge;
 pub mod calibrate;
 pub mod config;
 pub mod cpu;
 pub mod cuda;
 pub mod decoder;
+pub mod diagnose;
 pub mod error;
 pub mod eval;
 pub mod family;
@@ -19,6 +21,7 @@ pub mod model;
 pub mod qat;
 pub mod sample;
 pub mod sensitivity;
+pub mod sequential;
 pub mod sidecars;
 pub mod stop;
 pub mod synth;

@@ -126,6 +126,11 @@ impl<B: Backend> Model<B> {
         &self.decoder
     }
 
+    /// The decoder alone.
+    pub fn into_decoder(self) -> Decoder<B> {
+        self.decoder
+    }
+
     /// The folder or file it was loaded from.
     pub fn path(&self) -> &Path {
         &self.path
@@ -166,6 +171,14 @@ impl<B: Backend> Model<B> {
             why: "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json"
                 .to_string(),
         })
+    }
+}
+
+/// A checkpoint's tensors by their Hugging Face names, whatever its format.
+pub(crate) fn open(path: &Path) -> Result<Box<dyn TensorSource>> {
+    match format::detect(path)?.name {
+        "gguf" => Ok(Box::new(GgufCheckpoint::open(path)?)),
+        _ => Ok(format::open(path)?),
     }
 }
 

@@ -17,10 +17,12 @@ mod gptq;
 mod grid;
 mod levels;
 mod outliers;
+mod rounding;
 mod rows;
 mod second;
 
 pub use levels::learn_levels;
+pub use rounding::Rounding;
 
 use crate::error::Result;
 use crate::stats::Input;
@@ -54,6 +56,9 @@ pub struct Algorithm {
     pub summary: &'static str,
     /// Whether it needs a Gram matrix; without one it is the search.
     pub gram: bool,
+    /// Whether its rounding is then learned on a text, block by block of the model ([`Rounding`]); `run` is what that
+    /// begins with.
+    pub learns: bool,
     /// Quantizes one tensor.
     pub run: fn(&AlgoInput) -> Result<QTensor>,
 }
@@ -64,45 +69,62 @@ pub static ALGORITHMS: &[Algorithm] = &[
         name: "rtn",
         summary: "nearest codes under the scale that just holds a group's largest value",
         gram: false,
+        learns: false,
         run: |input| rows::quantize(input, fit::Method::Plain),
     },
     Algorithm {
         name: "clip",
         summary: "nearest codes under the best of a range of smaller scales, which clip the largest values",
         gram: false,
+        learns: false,
         run: |input| rows::quantize(input, fit::Method::Clip),
     },
     Algorithm {
         name: "hqq",
         summary: "the range's scale with the minimum or zero point of least errors to the power of 0.7, without data",
         gram: false,
+        learns: false,
         run: |input| rows::quantize(input, fit::Method::HalfQuadratic),
     },
     Algorithm {
         name: "search",
         summary: "scales (and zeros) of least weighted error: a scan, then steps along the gradient of single codes",
         gram: false,
+        learns: false,
         run: |input| rows::quantize(input, fit::Method::Search),
     },
     Algorithm {
         name: "gptq",
         summary: "searched scales, then codes that make up for each other's errors; without calibration the search alone",
         gram: true,
+        learns: false,
         run: gptq::quantize,
     },
     Algorithm {
         name: "descent",
         summary: "gptq, then single codes and scales changed for as long as that lowers the error",
         gram: true,
+        learns: false,
         run: gptq::quantize_and_descend,
     },
     Algorithm {
         name: "yaqa",
         summary: "descent by gradients of the loss as well: errors are made up for across rows too",
         gram: true,
+        learns: false,
         run: both::quantize,
     },
+    Algorithm {
+        name: "autoround",
+        summary: "descent, then rounding and clipping learned by signed gradients of each block's error over a text",
+        gram: true,
+        learns: true,
+        run: gptq::quantize_and_descend,
+    },
 ];
+
+/// The algorithm that learned rounding begins with.
+pub const BEFORE_LEARNING: &str = "descent";
 
 /// The algorithm of that name.
 pub fn algorithm(name: &str) -> Result<&'static Algorithm> {

@@ -4,6 +4,7 @@
 //! [`quantize`], [`import_gguf`] and [`transform`] then read, convert and write in parallel; where each byte goes was settled by the
 //! plan, so the output is the same for any number of threads, and a run that was killed can be taken up again.
 
+mod blocks;
 mod diff;
 mod engine;
 mod import;
@@ -14,13 +15,14 @@ mod recipe;
 mod sidecars;
 mod verify;
 
+pub use blocks::Blocks;
 pub use diff::{Difference, diff};
 pub use engine::{Judge, Options, Report};
 pub use import::{import_gguf, transform};
-pub use levels::with_learned_levels;
+pub use levels::{OWN, levels_of, with_learned_levels};
 pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
 pub use progress::{Progress, Silent, Stage};
-pub use recipe::{fallbacks, plan};
+pub use recipe::{fallbacks, plan, plan_after};
 pub use sidecars::sidecars;
 pub use verify::{Verified, verify};
 

@@ -8,6 +8,7 @@
 //!
 //! Everything is written over [`Simd`]: every sum has one order, whatever the instruction set or the number of threads.
 
+mod double;
 mod pair;
 
 pub use pair::Pair;
@@ -290,9 +291,10 @@ pub trait Decide {
 
 impl Feedback {
     /// Of `scale * M + damping * I`; `order` lists columns, the last one processed first. `None` if the matrix isn't
-    /// positive definite in f32.
+    /// positive definite, in f32 and then in f64.
     pub fn new(matrix: &Symmetric, order: Vec<u32>, scale: f32, damping: f32) -> Option<Feedback> {
-        let l = matrix.cholesky(&order, scale, damping)?;
+        let l = matrix.cholesky(&order, scale, damping);
+        let l = l.or_else(|| matrix.cholesky_in_f64(&order, scale, damping))?;
         let tiles = l.rows.len();
         let pivots: Vec<f32> = (0..tiles * LANES).map(|a| l.get(a, a)).collect();
         let panel = |j: usize| -> Vec<f32> {

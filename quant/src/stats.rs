@@ -38,9 +38,8 @@ pub enum Factored {
     Refused,
 }
 
-/// How damping is raised where a Gram matrix isn't positive definite in f32. The last one is twice the mean of its
-/// diagonal: the rounding of n columns in f32 is about sqrt(n) * 2^-24 of the largest value there, so what this doesn't
-/// help, such as an input that was always zero, f64 doesn't help either.
+/// How damping is raised where a Gram matrix isn't positive definite, neither in f32 nor in f64. The last one is twice the
+/// mean of its diagonal: what this doesn't help is an input that was always zero.
 const RAISES: [f32; 3] = [1.0, 3.0, 10.0];
 
 impl Input {

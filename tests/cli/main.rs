@@ -4,6 +4,7 @@
 
 #[path = "../assets.rs"]
 mod assets;
+mod blocks;
 mod chain;
 mod conversation;
 mod damage;

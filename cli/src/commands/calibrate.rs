@@ -11,7 +11,7 @@ use nibble_kernels::ActKind;
 use nibble_models::calibrate::{Calibration, CalibrationPlan, calibrate};
 use nibble_models::eval::beginning;
 use nibble_models::gradient::calibrate_gradients;
-use nibble_models::{Model, ModelOptions};
+use nibble_models::{Model, ModelOptions, Tokenizer};
 use nibble_quant::format;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -81,21 +81,25 @@ impl Run for Calibrate {
 }
 
 impl CalibrationWords {
+    /// How a text is run.
+    pub fn plan(&self, text: &Path, tokenizer: &Tokenizer, max_positions: usize) -> Result<CalibrationPlan> {
+        Ok(CalibrationPlan {
+            n_ctx: 512.min(max_positions),
+            tokens: Some(self.calib_tokens),
+            gram_bytes: self.gram_memory << 20,
+            bos: beginning(tokenizer)?,
+            text: text.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+        })
+    }
+
     /// Runs the model of a folder over a text.
     pub fn run(&self, session: &Session, path: &Path, text: &Path, threads: Threads) -> Result<Calibration> {
-        let bytes = std::fs::read(text).with_context(|| format!("can't read {}", text.display()))?;
-        let content = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", text.display()))?;
+        let content = open_text(text)?;
         let options = ModelOptions { threads: threads.threads.map(Into::into), activations: ActKind::F32 };
         let model = Model::load(path, &options)?;
         let tokenizer = model.tokenizer()?;
         let tokens = tokenizer.encode(&content, false)?;
-        let plan = CalibrationPlan {
-            n_ctx: 512.min(model.decoder().config().max_positions),
-            tokens: Some(self.calib_tokens),
-            gram_bytes: self.gram_memory << 20,
-            bos: beginning(&tokenizer)?,
-            text: text.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
-        };
+        let plan = self.plan(text, &tokenizer, model.decoder().config().max_positions)?;
         let meter = Meter::new(session, "calibrate", "chunks");
         let mut stopped = false;
         let progress = |done: usize, of: usize| {
@@ -120,6 +124,12 @@ impl CalibrationWords {
         }
         Ok(calibration?)
     }
+}
+
+/// A text of UTF-8.
+pub fn open_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("can't read {}", path.display()))?;
+    String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 /// What was kept, in words.

@@ -1,9 +1,10 @@
 //! `nibble quantize`: a checkpoint becomes small.
 
 mod page;
+mod sequential;
 
 use super::Run;
-use super::calibrate::{CalibrationWords, in_words};
+use super::calibrate::{CalibrationWords, in_words, open_text};
 use crate::arguments::Threads;
 use crate::classes::{bits_per_weight, class, group, is_linear};
 use crate::gate::{self, Gate, GateWords, sidecars, tokenizer};
@@ -13,6 +14,7 @@ use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use nibble_models::eval::{EvalPlan, beginning};
 use nibble_models::sensitivity::{AllocationPlan, Target, allocate_bits};
 use nibble_models::trial::{TEXT, TrialReport};
@@ -22,10 +24,12 @@ use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
 use nibble_quant::manifest::TensorRecord;
 use nibble_quant::stats::Stats;
-use nibble_quant::{Recipe, Role, presets};
+use nibble_quant::{ALGORITHMS, Recipe, Role, presets};
+use sequential::SequentialWords;
 use serde::Serialize;
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Quantize a checkpoint: linear layers to --scheme, embedding and output head to 8 bits, the rest as it is
 #[derive(Debug, clap::Args)]
@@ -46,11 +50,16 @@ pub struct Quantize {
     #[command(flatten)]
     calibration: CalibrationWords,
     /// Statistics that `nibble calibrate` has written, or an imatrix of llama.cpp
-    #[arg(long, value_name = "FILE", conflicts_with = "calib")]
+    #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
+    #[command(flatten)]
+    sequential: SequentialWords,
     /// How much work to put into codes where a scheme leaves it open
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Effort::Balanced)]
     effort: Effort,
+    /// The algorithm of linear layers where neither a scheme nor a rule insists on another, whatever the effort
+    #[arg(long, value_name = "NAME", value_parser = algorithms())]
+    algorithm: Option<String>,
     /// Give each linear layer 3 to 8 bits such that all take this many a weight on average, by what they are measured to
     /// cost the model
     #[arg(long, value_name = "BITS", conflicts_with = "recipe")]
@@ -89,6 +98,11 @@ pub struct Quantize {
     threads: Threads,
 }
 
+/// The table of algorithms as words to type.
+fn algorithms() -> PossibleValuesParser {
+    PossibleValuesParser::new(ALGORITHMS.iter().map(|a| PossibleValue::new(a.name).help(a.summary)))
+}
+
 /// How much work to put into codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Effort {
@@ -103,12 +117,13 @@ pub enum Effort {
 impl Effort {
     /// Names the algorithm in rules for linear layers that leave it open, where the scheme doesn't insist on plain
     /// rounding.
-    fn apply(self, recipe: &mut Recipe, calibrated: bool) {
-        let algorithm = match self {
-            Effort::Fast => "rtn",
-            Effort::Balanced if calibrated => "gptq",
-            Effort::Max if calibrated => "yaqa",
-            Effort::Balanced | Effort::Max => return,
+    fn apply(self, recipe: &mut Recipe, calibrated: bool, named: Option<&str>) {
+        let algorithm = match (named, self) {
+            (Some(named), _) => named,
+            (None, Effort::Fast) => "rtn",
+            (None, Effort::Balanced) if calibrated => "gptq",
+            (None, Effort::Max) if calibrated => "yaqa",
+            (None, Effort::Balanced | Effort::Max) => return,
         };
         for rule in recipe.rules.iter_mut().filter(|rule| rule.algorithm.is_none()) {
             let linear = rule.role.is_none_or(|role| role == Role::Linear);
@@ -128,30 +143,38 @@ impl Run for Quantize {
         let path = crate::hub::checkpoint(session, &self.source)?;
         let (source, extra) = open(session, &path)?;
         let calibrated = self.calibration.calib.is_some() || self.stats.is_some();
-        self.effort.apply(&mut recipe, calibrated);
+        self.effort.apply(&mut recipe, calibrated, self.algorithm.as_deref());
         let gate = match self.dry_run {
             true => None,
             false => self.gate.gate(session, &path, calibrated, self.force, self.threads.count())?,
         };
+        let by_blocks = self.by_blocks(&*source, &recipe)?;
         let stats = match (&self.calibration.calib, &self.stats) {
-            (Some(text), _) => {
+            (_, Some(file)) => Stats::read(file)?,
+            // Each block is observed when its turn comes; only an allocation has to know all of them before.
+            (Some(_), None) if by_blocks && self.target().is_none() => Stats::default(),
+            (Some(text), None) => {
                 let calibration = self.calibration.run(session, &path, text, self.threads)?;
                 output::remark(&format!("calibrated: {}", in_words(&calibration)));
                 calibration.stats
             }
-            (None, Some(file)) => Stats::read(file)?,
             (None, None) => Stats::default(),
         };
         if let Some(target) = self.target() {
             recipe = self.allocate(session, &path, &*source, &recipe, &stats, target)?;
         }
-        if calibrated && self.effort != Effort::Fast && !self.fixed_levels && self.wishes.recipe.is_none() {
+        let mut blocks = None;
+        if by_blocks && !self.dry_run {
+            let made = self.quantize_blocks(session, &path, &*source, &recipe)?;
+            recipe = made.recipe(&*source, &recipe)?;
+            blocks = Some(Arc::new(made));
+        } else if calibrated && self.learns_levels() {
             recipe = convert::with_learned_levels(&*source, &recipe, &stats, session.stop())?;
         }
         if let Some(file) = &self.save_recipe {
             std::fs::write(file, recipe.to_toml()?).with_context(|| format!("can't write {}", file.display()))?;
         }
-        let plan = convert::plan(&*source, &recipe, &stats, self.seed)?;
+        let plan = convert::plan_after(&*source, &recipe, &stats, blocks.as_ref(), self.seed)?;
         if self.dry_run {
             say_fallbacks(&convert::fallbacks(&plan, &stats));
             return print_plan(session, &plan);
@@ -168,6 +191,7 @@ impl Run for Quantize {
         let meter = Meter::new(session, "quantize", "tensors");
         let report = convert::quantize(&plan, &*source, &recipe.to_toml()?, &self.output, &options, &meter)?;
         drop(meter);
+        blocks.iter().try_for_each(|blocks| blocks.remove())?;
         let fallbacks = convert::fallbacks(&plan, &stats);
         say_fallbacks(&fallbacks);
         let trial = gate.as_ref().and_then(Gate::report);
@@ -179,6 +203,11 @@ impl Run for Quantize {
 }
 
 impl Quantize {
+    /// Whether tables of levels are fitted to each layer.
+    fn learns_levels(&self) -> bool {
+        self.effort != Effort::Fast && !self.fixed_levels && self.wishes.recipe.is_none()
+    }
+
     fn target(&self) -> Option<Target> {
         let bits = self.target_bpw.map(Target::Bits);
         let bytes = self.target_size.map(|megabytes| Target::Bytes((megabytes * 1e6) as u64));

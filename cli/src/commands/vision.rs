@@ -7,7 +7,7 @@ mod eval;
 mod export;
 mod inspect;
 mod mixed;
-mod page;
+pub(super) mod page;
 mod qat;
 mod quantize;
 mod quantized;

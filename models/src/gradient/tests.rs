@@ -1,6 +1,7 @@
 //! The gradient pass against the decoder, and gradients against differences.
 
 use super::*;
+use crate::config::Activation;
 use crate::cpu::CpuBackend;
 use crate::decoder::{ContextPlan, Decoder};
 use crate::synth::SynthPlan;
@@ -123,13 +124,8 @@ fn gradients_are_what_moving_the_weights_does() {
 
 impl Layer {
     fn part(&mut self, name: &str) -> &mut Linear {
-        match name {
-            "self_attn.v_proj" => &mut self.v,
-            "self_attn.o_proj" => &mut self.o,
-            "mlp.gate_proj" => &mut self.gate,
-            "mlp.up_proj" => &mut self.up,
-            _ => &mut self.down,
-        }
+        let at = PARTS.iter().position(|part| *part == name).unwrap();
+        &mut self.linears[at]
     }
 }
 

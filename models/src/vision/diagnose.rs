@@ -16,6 +16,7 @@ mod tally;
 
 pub use layers::{Layer, layers, units};
 pub use numbers::{ActivationFigures, Bins, ChannelRange, Figures, ObservedRange, Outlier, WeightFigures, numbers};
+pub(crate) use numbers::{Sums, outliers, widen};
 pub use sensitivity::{Sensitivity, SensitivityOptions, effects, sensitivity, steps};
 pub use state::State;
 pub use tally::{Score, Tally};

@@ -231,10 +231,7 @@ impl<'a> Row<'a> {
 
     #[inline(always)]
     fn level(&self, j: usize, code: u8) -> f32 {
-        match &self.rule.table {
-            Some(levels) => levels[code as usize & (LANES - 1)],
-            None => (code as i32 - self.zeros[j / self.size]) as f32,
-        }
+        self.rule.level(code, self.zeros[j / self.size])
     }
 
     #[inline(always)]

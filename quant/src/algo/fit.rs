@@ -86,6 +86,28 @@ impl Rule {
         }
     }
 
+    /// What a code means before scale and minimum; `zero` is the code of level 0.
+    #[inline(always)]
+    pub(super) fn level(&self, code: u8, zero: i32) -> f32 {
+        match &self.table {
+            Some(levels) => levels[code as usize & (LANES - 1)],
+            None => (code as i32 - zero) as f32,
+        }
+    }
+
+    /// The place among codes, a fraction, of which `y` is the level: between the levels of a table by how far it lies from
+    /// one to the next, beyond its ends as if they went on.
+    #[inline(always)]
+    pub(super) fn place(&self, y: f32, zero: i32) -> f32 {
+        match &self.table {
+            Some(levels) => {
+                let at = levels[1..LANES - 1].iter().filter(|level| **level <= y).count();
+                at as f32 + (y - levels[at]) / (levels[at + 1] - levels[at])
+            }
+            None => y + zero as f32,
+        }
+    }
+
     /// Fits one group. `levels` is scratch of the group's length.
     #[inline(always)]
     pub(super) fn fit<S: Simd>(&self, s: S, group: Group, method: Method, levels: &mut [f32]) -> Fit {

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::format::{TensorInfo, TensorSource};
 use crate::recipe::{Action, Recipe, Rule};
 use crate::stats::Stats;
-use crate::{Grid, QuantError, QuantScheme, Role, Table};
+use crate::{Grid, QuantError, QuantScheme, QuantSpec, Role, Table};
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,7 +14,7 @@ const ROWS: usize = 128;
 const STRETCH: usize = 16;
 
 /// What sets the name of a tensor's own scheme off from the scheme that it varies.
-pub(super) const OWN: char = '@';
+pub const OWN: char = '@';
 
 /// The recipe with a scheme of its own for each linear layer that it puts on a table of integer levels and whose input was
 /// observed: the same scheme with levels learned for the layer. `stop` ends it early.
@@ -33,24 +33,13 @@ pub fn with_learned_levels(
         }
         let decision = recipe.decide(&info.name, &info.shape)?;
         let Action::Quantize { name, scheme, algorithm } = decision.action else { return Ok(None) };
-        let table = matches!(scheme.weight.grid, Grid::Table(Table::Int8(_) | Table::Iq4Nl));
-        let observed = stats.inputs.get(&info.name).filter(|_| table && decision.role == Role::Linear);
-        let Some(observed) = observed else { return Ok(None) };
-        let importance = observed.mean_squares();
-        let (weight, k) = some_rows(source, info)?;
-        let shape = [weight.len() / k.max(1), k];
-        let levels = learn_levels(&AlgoInput {
-            name: &info.name,
-            weight: &weight,
-            shape,
-            spec: &scheme.weight,
-            importance: Some(&importance),
-            calibrated: None,
-            seed: 0,
-        })?;
+        let Some(observed) = stats.inputs.get(&info.name).filter(|_| decision.role == Role::Linear) else {
+            return Ok(None);
+        };
+        let Some(grid) = levels_of(source, info, &scheme.weight, &observed.mean_squares())? else { return Ok(None) };
         source.release(&info.name);
         let mut scheme = scheme;
-        scheme.weight.grid = Grid::Table(Table::Int8(levels));
+        scheme.weight.grid = grid;
         let rule = Rule {
             pattern: Some(info.name.clone()),
             scheme: Some(format!("{name}{OWN}{}", info.name)),
@@ -70,6 +59,33 @@ pub fn with_learned_levels(
     }
     made.rules.splice(0..0, rules);
     Ok(made)
+}
+
+/// A table of levels learned for a tensor under a spec, with `importance` (k) of its columns; `None` if the spec's grid is
+/// no table of integers.
+///
+/// # Errors
+/// The tensor can't be read or quantized.
+pub fn levels_of(
+    source: &dyn TensorSource,
+    info: &TensorInfo,
+    spec: &QuantSpec,
+    importance: &[f32],
+) -> Result<Option<Grid>> {
+    if !matches!(spec.grid, Grid::Table(Table::Int8(_) | Table::Iq4Nl)) {
+        return Ok(None);
+    }
+    let (weight, k) = some_rows(source, info)?;
+    let levels = learn_levels(&AlgoInput {
+        name: &info.name,
+        weight: &weight,
+        shape: [weight.len() / k.max(1), k],
+        spec,
+        importance: Some(importance),
+        calibrated: None,
+        seed: 0,
+    })?;
+    Ok(Some(Grid::Table(Table::Int8(levels))))
 }
 
 fn some_rows(source: &dyn TensorSource, info: &TensorInfo) -> Result<(Vec<f32>, usize)> {

@@ -1,5 +1,6 @@
 //! A recipe's decisions as a plan.
 
+use super::blocks::Blocks;
 use super::engine::Work;
 use super::levels::OWN;
 use super::plan::{Choice, Plan, Quantize, plan_with};
@@ -17,6 +18,20 @@ use std::sync::Arc;
 /// # Errors
 /// If a rule matches nothing, a spec contradicts itself, or the source is quantized already.
 pub fn plan(source: &dyn TensorSource, recipe: &Recipe, stats: &Stats, seed: u64) -> Result<Plan> {
+    plan_after(source, recipe, stats, None, seed)
+}
+
+/// The same; tensors that `blocks` have are taken from there.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_after(
+    source: &dyn TensorSource,
+    recipe: &Recipe,
+    stats: &Stats,
+    blocks: Option<&Arc<Blocks>>,
+    seed: u64,
+) -> Result<Plan> {
     let names = source.infos().iter().map(|info| (info.name.as_str(), info.shape.as_slice()));
     let decisions = recipe.plan(names)?;
     let digest = digest(stats);
@@ -32,8 +47,16 @@ pub fn plan(source: &dyn TensorSource, recipe: &Recipe, stats: &Stats, seed: u64
             Action::Keep(Keep::F32) => Ok(Choice::Convert(Dtype::F32, decision.why.clone())),
             Action::Quantize { name, scheme, algorithm } => {
                 let input = stats.inputs.get(&info.name);
-                let how = quantize(&scheme.weight, algorithm, input, seed)?;
-                let observed = input.map(|_| format!(" calibrated {digest}")).unwrap_or_default();
+                let made = blocks.filter(|blocks| blocks.spec(&info.name) == Some(&scheme.weight));
+                let how = match made {
+                    Some(blocks) => taken(&scheme.weight, algorithm, blocks)?,
+                    None => quantize(&scheme.weight, algorithm, input, seed)?,
+                };
+                let observed = match (made, input) {
+                    (Some(blocks), _) => format!(" block by block {}", blocks.fingerprint()),
+                    (None, Some(_)) => format!(" calibrated {digest}"),
+                    (None, None) => String::new(),
+                };
                 let title = match name.split_once(OWN) {
                     Some((varied, _)) => format!("{varied} with levels of its own"),
                     None => name.clone(),
@@ -50,9 +73,10 @@ pub fn plan(source: &dyn TensorSource, recipe: &Recipe, stats: &Stats, seed: u64
 fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<Input>>, seed: u64) -> Result<Quantize> {
     let gram = calibrated.is_some_and(|input| input.gram().is_some());
     let wanted = algo::algorithm(algorithm)?;
-    let (algorithm, why) = match wanted.gram && !gram {
-        true => (algo::algorithm("search")?, "; no Gram matrix for GPTQ: searched"),
-        false => (wanted, ""),
+    let (algorithm, why) = match (wanted.gram && !gram, wanted.learns) {
+        (true, _) => (algo::algorithm("search")?, "; no Gram matrix for GPTQ: searched"),
+        (false, true) => (algo::algorithm(algo::BEFORE_LEARNING)?, "; no text to learn rounding on"),
+        (false, false) => (wanted, ""),
     };
     let rows_tied = algorithm.gram && calibrated.is_some_and(|input| input.outputs().is_some());
     let importance = calibrated.map(|input| input.mean_squares());
@@ -68,6 +92,24 @@ fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<I
         wanted: Some(wanted),
         why: why.to_owned(),
         rows_stand_alone: spec.rows_stand_alone() && !rows_tied,
+    })
+}
+
+/// What a block of the model has already.
+fn taken(spec: &QuantSpec, algorithm: &'static str, blocks: &Arc<Blocks>) -> Result<Quantize> {
+    let blocks = Arc::clone(blocks);
+    let quantizer = move |name: &str, shape: [usize; 2], _: &[f32]| {
+        let found = blocks.tensor(name)?.filter(|tensor| tensor.shape == shape);
+        found.ok_or_else(|| crate::format::tensor_error(name, "its block was quantized with another shape"))
+    };
+    let algorithm = algo::algorithm(algorithm)?;
+    Ok(Quantize {
+        spec: spec.clone(),
+        quantizer: Arc::new(quantizer),
+        label: algorithm.name.to_owned(),
+        wanted: None,
+        why: String::new(),
+        rows_stand_alone: false,
     })
 }
 

@@ -7,7 +7,7 @@ use nibble_models::vision::diagnose::{
 };
 use std::path::Path;
 
-pub(super) fn decibels(value: Option<f64>) -> String {
+pub(in crate::commands) fn decibels(value: Option<f64>) -> String {
     value.map_or("nothing lost".into(), |db| format!("{db:.2}"))
 }
 
@@ -24,7 +24,7 @@ fn in_words(score: &Score) -> String {
     words.join(", ")
 }
 
-fn facts(figures: &Figures, outliers: &[Outlier]) -> Vec<(String, String)> {
+pub(in crate::commands) fn facts(figures: &Figures, outliers: &[Outlier]) -> Vec<(String, String)> {
     let ends = |[lo, hi]: [f32; 2]| format!("{lo:.4} to {hi:.4}");
     let mut facts = vec![
         ("SQNR dB".to_owned(), decibels(figures.sqnr_db)),
@@ -42,7 +42,7 @@ fn facts(figures: &Figures, outliers: &[Outlier]) -> Vec<(String, String)> {
     facts
 }
 
-fn distribution(
+pub(in crate::commands) fn distribution(
     name: &str,
     figures: &Figures,
     channels: &[ChannelRange],

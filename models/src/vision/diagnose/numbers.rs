@@ -128,7 +128,7 @@ pub struct WeightFigures {
 }
 
 /// Sums of one tensor.
-struct Sums {
+pub(crate) struct Sums {
     reach: [f32; 2],
     step: f32,
     bins: Bins,
@@ -144,7 +144,7 @@ struct Sums {
 
 impl Sums {
     /// For values whose integers reach so far, in bins that hold a quarter more.
-    fn new(reach: [f32; 2], step: f32, range: [f32; 2]) -> Sums {
+    pub(crate) fn new(reach: [f32; 2], step: f32, range: [f32; 2]) -> Sums {
         let (lo, hi) = (reach[0].min(range[0]), reach[1].max(range[1]));
         let more = 0.125 * (hi - lo).max(f32::MIN_POSITIVE);
         let bins = Bins { lo: lo - more, hi: hi + more, float: vec![0; BINS], rounded: vec![0; BINS] };
@@ -163,7 +163,7 @@ impl Sums {
         }
     }
 
-    fn add(&mut self, exact: f32, rounded: f32) {
+    pub(crate) fn add(&mut self, exact: f32, rounded: f32) {
         let per_bin = BINS as f32 / (self.bins.hi - self.bins.lo);
         // A cast to an integer saturates: below the first bin is the first one.
         let bin = |v: f32| (((v - self.bins.lo) * per_bin) as usize).min(BINS - 1);
@@ -182,7 +182,7 @@ impl Sums {
         self.range = [self.range[0].min(exact), self.range[1].max(exact)];
     }
 
-    fn figures(self) -> Figures {
+    pub(crate) fn figures(self) -> Figures {
         let count = self.count.max(1) as f64;
         let norm = (self.float * self.rounded).sqrt();
         Figures {
@@ -204,7 +204,7 @@ fn decibels(signal: f64, noise: f64) -> Option<f64> {
 }
 
 /// Channels that reach far beyond the median one, furthest first.
-fn outliers(channels: &[ChannelRange]) -> Vec<Outlier> {
+pub(crate) fn outliers(channels: &[ChannelRange]) -> Vec<Outlier> {
     let reach: Vec<f32> = channels.iter().map(|c| c.lo.abs().max(c.hi.abs())).collect();
     let mut sorted = reach.clone();
     sorted.sort_by(f32::total_cmp);
@@ -216,7 +216,7 @@ fn outliers(channels: &[ChannelRange]) -> Vec<Outlier> {
     found
 }
 
-fn widen(channel: &mut ChannelRange, value: f32) {
+pub(crate) fn widen(channel: &mut ChannelRange, value: f32) {
     *channel = ChannelRange { lo: channel.lo.min(value), hi: channel.hi.max(value) };
 }
 
