@@ -256,7 +256,6 @@ impl<B: Backend> Decoder<B> {
         self.place(cx, batch)?;
         let c = &self.config;
         let b = &self.backend;
-        let rows = cx.rows;
         b.embed(&self.embedding, &cx.tokens, c.embedding_scale.unwrap_or(1.0), &mut cx.x)?;
         for i in 0..self.layers.len() {
             self.layer(cx, i, &mut tap)?;
@@ -276,7 +275,7 @@ impl<B: Backend> Decoder<B> {
             Linear { weight: &layer.k, bias: layer.k_bias.as_ref(), out: &mut cx.k },
             Linear { weight: &layer.v, bias: layer.v_bias.as_ref(), out: &mut cx.v },
         ];
-        match tap {
+        match &mut *tap {
             None => b.norm_linear(norm, rows, products)?,
             tap => {
                 b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
@@ -298,7 +297,7 @@ impl<B: Backend> Decoder<B> {
         let norm = Norm { x: &cx.x, gain: &layer.ffn_norm, eps: c.rms_eps, out: &mut cx.h };
         let gate = Linear { weight: &layer.gate, bias: layer.gate_bias.as_ref(), out: &mut cx.gate };
         let up = Linear { weight: &layer.up, bias: layer.up_bias.as_ref(), out: &mut cx.up };
-        match tap {
+        match &mut *tap {
             None => b.norm_gated(norm, rows, c.activation, gate, up)?,
             tap => {
                 b.rms_norm(norm.x, norm.gain, norm.eps, rows, norm.out)?;
