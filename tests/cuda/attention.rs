@@ -166,7 +166,8 @@ pub fn a_decoded_token_is_turned_appended_and_attended_at_once<G: Gpu>(device: D
             for (s, before) in before.iter().enumerate().filter(|(_, before)| **before > 0) {
                 let places = (0..*before).map(|at| caches[s].place(at).unwrap());
                 cuda.set_table(&mut table, places).unwrap();
-                let [k, v] = [1, 2].map(|seed| rows_of(&cuda, &numbers(&mut random(seed), before * kv_width), kv_width));
+                let [k, v] =
+                    [1, 2].map(|seed| rows_of(&cuda, &numbers(&mut random(seed), before * kv_width), kv_width));
                 cuda.append(CudaAttention { caches: &caches, layer: 1, table: &table }, &k, &v).unwrap();
             }
             let places = before.iter().zip(&caches).map(|(before, cache)| cache.place(*before).unwrap());

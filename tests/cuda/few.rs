@@ -43,7 +43,8 @@ fn bound(k: usize, size: f64) -> f64 {
 }
 
 pub fn norms_before_products_need_no_launch<G: Gpu>(device: Device<G>) {
-    for (processors, m, n, k) in [(2, 1, 40, 576), (2, 3, 33, 96), (2, 8, 20, 128), (132, 1, 24, 2048), (2, 2, 20, 70)] {
+    for (processors, m, n, k) in [(2, 1, 40, 576), (2, 3, 33, 96), (2, 8, 20, 128), (132, 1, 24, 2048), (2, 2, 20, 70)]
+    {
         let cuda = device(processors);
         for (at, kind) in kinds().into_iter().enumerate() {
             let rows = normed(at as u64, m, k);

@@ -164,7 +164,9 @@ impl<G: Gpu> Cuda<G> {
             None => 0,
             Some(Function::Silu) => 1,
             Some(Function::GeluTanh) => 2,
-            Some(other) => return Err(KernelError::Cuda { why: format!("no gate by {other:?}; known: Silu, GeluTanh") }),
+            Some(other) => {
+                return Err(KernelError::Cuda { why: format!("no gate by {other:?}; known: Silu, GeluTanh") });
+            }
         };
         // So many tiles a block that every processor has one block; as many as there is room for their sums.
         let fixed = if product.rows == 0 && *codes != Codes::W4Table { fixed - bytes } else { fixed };
