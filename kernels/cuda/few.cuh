@@ -151,8 +151,7 @@ template <int CODES, int SCALE, int WARPS> DEVICE void few(const Product& p) {
         copy_commit();
     };
     open(0);
-    // Not unrolled: a block's time is short, and much of it goes into getting its instructions.
-#pragma unroll 1
+#pragma unroll
     for (u32 d = 0; d < DEPTH; d++) fetch(d);
     let_next_start();
 
