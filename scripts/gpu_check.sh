@@ -80,8 +80,8 @@ run() {
     part "laws on the device" laws.log laws
     if command -v compute-sanitizer >/dev/null; then
         part "memcheck" memcheck.log sanitized memcheck on_a_gpu::products on_a_gpu::attention on_a_gpu::norms \
-            on_a_gpu::a_tiny_model
-        part "racecheck" racecheck.log sanitized racecheck on_a_gpu::products_of_few on_a_gpu::norms on_a_gpu::attention
+            on_a_gpu::gates_after on_a_gpu::a_decoded on_a_gpu::a_tiny_model
+        part "racecheck" racecheck.log sanitized racecheck on_a_gpu::norms on_a_gpu::gates_after on_a_gpu::a_decoded on_a_gpu::attention
     else
         row "compute-sanitizer" "not installed"
     fi

@@ -10,15 +10,16 @@
 
 #include "linear.cuh"
 
-template <int CODES, int COLUMNS, int TILES, int WARPS> struct Stage {
+static const int WARPS = 4;
+
+template <int CODES, int COLUMNS, int TILES> struct Stage {
     Quad x[8 * COLUMNS][8]; // (token, 8 values of K): chunk c of an odd token lies at c ^ 4, so that two tokens' chunks
                             // fill all banks
     Quad codes[WARPS][TILES][QUADS<CODES>][32];
 };
 
-template <int CODES, int COLUMNS, int TILES, int WARPS, int STAGES> DEVICE void gemm(const Product& p) {
-    __shared__ Stage<CODES, COLUMNS, TILES, WARPS> stages[STAGES];
-    constexpr int THREADS = WARPS * 32, PARTS = (64 * COLUMNS + THREADS - 1) / THREADS;
+template <int CODES, int COLUMNS, int TILES, int STAGES> DEVICE void gemm(const Product& p) {
+    __shared__ Stage<CODES, COLUMNS, TILES> stages[STAGES];
     const int quads = QUADS<CODES>;
     const Weight& weight = p.weight;
     u32 lane = lane_id(), warp = warp_id(), i = lane / 4, j = lane % 4, units = weight.units;
@@ -33,10 +34,10 @@ template <int CODES, int COLUMNS, int TILES, int WARPS, int STAGES> DEVICE void 
 #pragma unroll
     for (int t = 0; t < TILES; t++) tile[t] = min(tile0 + t, tiles - 1);
 
-    u32 x_from[PARTS]; // halves between a row's and the batch's beginning; ~0: no such row
+    u32 x_from[8 * COLUMNS * 8 / (WARPS * 32)]; // halves between a row's and the batch's beginning; ~0: no such row
     u32 chunk = threadIdx.x % 8;
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
+    for (int part = 0; part < 8 * COLUMNS * 8 / (WARPS * 32); part++) {
         u32 token = part * (WARPS * 4) + threadIdx.x / 8;
         x_from[part] = token0 + token < p.m ? (token0 + token) * units * 64 + chunk * 8 : ~0u;
     }
@@ -45,11 +46,10 @@ template <int CODES, int COLUMNS, int TILES, int WARPS, int STAGES> DEVICE void 
     for (int t = 0; t < TILES; t++) codes_from[t] = weight.codes + (u64)tile[t] * units * quads * 32 + lane;
     u32 x_to = shared_address(&stages[0].x[threadIdx.x / 8][chunk ^ (threadIdx.x / 8 & 1) * 4]);
     u32 codes_to = shared_address(&stages[0].codes[warp][0][0][lane]);
-    const u32 stage_bytes = sizeof(Stage<CODES, COLUMNS, TILES, WARPS>);
+    const u32 stage_bytes = sizeof(Stage<CODES, COLUMNS, TILES>);
     auto fetch = [&](u32 unit, u32 slot) {
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            if (64 * COLUMNS % THREADS != 0 && part * THREADS + threadIdx.x >= 64 * COLUMNS) continue;
+        for (int part = 0; part < 8 * COLUMNS * 8 / (WARPS * 32); part++) {
             bool is_there = x_from[part] != ~0u;
             const u16* from = p.x + ((is_there ? x_from[part] : 0) + unit * 64);
             copy_async(x_to + slot * stage_bytes + part * (WARPS * 4 * 128), from, is_there ? 16 : 0);
@@ -120,7 +120,7 @@ template <int CODES, int COLUMNS, int TILES, int WARPS, int STAGES> DEVICE void 
         if (unit + 1 < end) fetch_scales(unit + 1);
         if (unit + STAGES - 1 < end) fetch(unit + STAGES - 1, free_slot);
         copy_commit();
-        const Stage<CODES, COLUMNS, TILES, WARPS>& stage = stages[slot];
+        const Stage<CODES, COLUMNS, TILES>& stage = stages[slot];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             u32 group = divide(2 * unit + h, weight.group_magic);
@@ -137,8 +137,8 @@ template <int CODES, int COLUMNS, int TILES, int WARPS, int STAGES> DEVICE void 
                 Quad b = stage.x[c * 8 + i][(h * 4 + j) ^ ((i & 1) * 4)];
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
-                    float sum[4];
-                    mma_first(sum, a[t][0], b.x, b.y);
+                    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    mma(sum, a[t][0], b.x, b.y);
                     mma(sum, a[t][1], b.z, b.w);
                     add_scaled(sums[t][c], sum, scale[t][h]);
                 }
@@ -178,14 +178,12 @@ template <int CODES, int COLUMNS, int TILES, int WARPS, int STAGES> DEVICE void 
 }
 
 // BLOCKS on a processor at a time: the registers that leaves a thread are the most it may use.
-#define GEMM(NAME, CODES, COLUMNS, TILES, WARPS, STAGES, BLOCKS)                                                       \
-    KERNEL __launch_bounds__(WARPS * 32, BLOCKS) NAME(const Product p) {                                               \
-        start(), gemm<CODES, COLUMNS, TILES, WARPS, STAGES>(p);                                                        \
-    }
+#define GEMM(NAME, CODES, COLUMNS, TILES, STAGES, BLOCKS)                                                              \
+    KERNEL __launch_bounds__(128, BLOCKS) NAME(const Product p) { start(), gemm<CODES, COLUMNS, TILES, STAGES>(p); }
 
-GEMM(gemm64_w4, CODES_W4, 8, 4, 4, 2, 1)
-GEMM(gemm64_w4_table, CODES_W4_TABLE, 8, 2, 4, 3, 3)
-GEMM(gemm64_w8, CODES_W8, 8, 4, 4, 2, 1)
+GEMM(gemm64_w4, CODES_W4, 8, 4, 2, 1)
+GEMM(gemm64_w4_table, CODES_W4_TABLE, 8, 2, 3, 3)
+GEMM(gemm64_w8, CODES_W8, 8, 4, 2, 1)
 
 // The parts of K together, first to last.
 KERNEL __launch_bounds__(256) gemm_sum(const Product p) {
