@@ -161,7 +161,7 @@ fn without_a_gram_matrix_algorithms_that_need_one_are_the_search() {
     let mut silent = Input::new(K, true);
     silent.observe("x", &vec![0.0; 10 * K]).unwrap();
     let needing: Vec<&str> = ALGORITHMS.iter().filter(|a| a.gram).map(|a| a.name).collect();
-    assert_eq!(needing, ["gptq", "descent", "yaqa"]);
+    assert_eq!(needing, ["gptq", "descent", "yaqa", "autoround"]);
     for name in needing {
         for input in [None, Some(&moments), Some(&silent)] {
             assert!(run(name, &weight, spec, input) == run("search", &weight, spec, input), "{name}");
