@@ -35,6 +35,10 @@ fn rounding_is_learned_and_leaves_nothing_beside_the_output() {
     place.run(&other).ok();
     place.run(&["verify", "other"]).ok();
     assert!(weights("other") != weights("out"));
+    let judged =
+        ["quantize", "float", "-o", "none", "--calib", "text", "--sequential", "--eval", "text", "--max-kl", "1e-9"];
+    assert!(place.run(&judged).error(1).contains("mean KL divergence"));
+    assert!(!place.path("none.blocks").exists());
     let refused = place.run(&["quantize", "float", "-o", "none", "--algorithm", "autoround"]);
     assert!(refused.error(1).contains("--calib"), "{}", refused.stderr);
     let refused = place.run(&["quantize", "float", "-o", "none", "--sequential"]);

@@ -24,7 +24,7 @@ use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
 use nibble_quant::manifest::TensorRecord;
 use nibble_quant::stats::Stats;
-use nibble_quant::{ALGORITHMS, Recipe, Role, presets};
+use nibble_quant::{ALGORITHMS, QuantError, Recipe, Role, presets};
 use sequential::SequentialWords;
 use serde::Serialize;
 use serde_json::json;
@@ -189,9 +189,13 @@ impl Run for Quantize {
             ..Options::default()
         };
         let meter = Meter::new(session, "quantize", "tensors");
-        let report = convert::quantize(&plan, &*source, &recipe.to_toml()?, &self.output, &options, &meter)?;
+        let report = convert::quantize(&plan, &*source, &recipe.to_toml()?, &self.output, &options, &meter);
         drop(meter);
-        blocks.iter().try_for_each(|blocks| blocks.remove())?;
+        // After anything else another run may go on from the blocks.
+        if matches!(report, Ok(_) | Err(QuantError::Rejected { .. })) {
+            blocks.iter().try_for_each(|blocks| blocks.remove())?;
+        }
+        let report = report?;
         let fallbacks = convert::fallbacks(&plan, &stats);
         say_fallbacks(&fallbacks);
         let trial = gate.as_ref().and_then(Gate::report);
