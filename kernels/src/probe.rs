@@ -54,10 +54,10 @@ pub fn gpu<G: Gpu>(cuda: &Cuda<G>) -> Result<(usize, Vec<Wrong>), KernelError> {
     for kind in [WeightKind::W4Lin, WeightKind::W4Tab, WeightKind::W8] {
         let weight = cuda.weight(&weight(kind, N, K)?)?;
         for rows in [1, ROWS, 2 * ROWS] {
-            let mut x = cuda.rows(rows, K)?;
+            let x = cuda.rows(rows, K)?;
             let mut out = cuda.rows(rows, N)?;
             cuda.write_rows(&x, &activations(rows))?;
-            cuda.prepare(&mut x, rows)?;
+            cuda.prepare(&x, rows)?;
             cuda.multiply(&x, rows, &weight, None, false, &mut out)?;
             let error = largest_error(kind, rows, &cuda.read_rows(&out, 0..rows)?);
             count += 1;

@@ -24,6 +24,9 @@ use nibble_quant::recipe::Action;
 use nibble_quant::stats::Input;
 use nibble_quant::{AlgoInput, Algorithm, QTensor, QuantError, QuantScheme, Recipe, algo};
 
+/// Weights of a block by name.
+type Quantized = Vec<(String, QTensor)>;
+
 type Candle<T> = candle_core::Result<T>;
 
 /// Sequences that run at once where no gradients are kept.
@@ -203,7 +206,7 @@ impl<'a> FloatBlock<'a> {
         streams: &Streams,
         target: &[f32],
         plan: &SequentialPlan,
-    ) -> Result<(Vec<(String, QTensor)>, Option<Learned>)> {
+    ) -> Result<(Quantized, Option<Learned>)> {
         let inputs = self.observe(streams)?;
         let mut learner = Learner::new(self, streams, target, plan);
         let mut learns = false;

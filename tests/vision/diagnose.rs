@@ -68,7 +68,9 @@ fn running_what_comes_after_a_layer_gives_what_whole_models_give() {
         assert_eq!((sensitivity.samples, sensitivity.layers.len()), (5, if name == "cnn" { 5 } else { 2 }), "{name}");
         let quantized = prepared.quantize().unwrap();
         let both = whole(&prepared.model, &quantized, &data);
-        assert_eq!(sensitivity.sources.both, both.score(), "{name}");
+        // Two ways to the same integers, whose floats are added in other orders.
+        let found = sensitivity.sources.both.sqnr_db.unwrap() - both.score().sqnr_db.unwrap();
+        assert!(found.abs() < 1e-4, "{name}: {found} dB apart");
         for (row, [only, without]) in sensitivity.layers.iter().zip(&sensitivity.tallies) {
             let this: Vec<Selector> = vec![row.layer.node.parse().unwrap()];
             let settings = Settings { include: this.clone(), ..Settings::default() };

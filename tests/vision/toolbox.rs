@@ -8,7 +8,6 @@ use nibble_models::qat::adaround::{Learning, learn};
 use nibble_models::vision::calibrate::equalize_weights;
 use nibble_models::vision::data::Data;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare};
-use nibble_quant::observer::{IntGrid, IntType};
 use nibble_quant::onnx::equalize::absorb::{self, Moments, absorb};
 use nibble_quant::onnx::tensor::{floats, from_f32};
 use nibble_quant::onnx::weights::Rounding;
@@ -139,10 +138,9 @@ fn convolutions_are_rounded_by_what_their_windows_have_in_common() {
     let exact = logits(&folded, &data);
     for per_channel in [true, false] {
         let found = ["rtn", "gptq"].map(|algorithm| {
-            let mut settings = Settings::default();
-            // Few bits, and activations of many: what is lost is weights'.
-            settings.weights = Rounding { per_channel, bits: 5, algorithm };
-            settings.activation = IntGrid::asymmetric(IntType::U16);
+            // Few bits: what is lost is weights'.
+            let weights = Rounding { per_channel, bits: 4, algorithm };
+            let settings = Settings { weights, ..Settings::default() };
             let quantized = made(&float, &file, &settings, Equalize::Nothing).quantize().unwrap();
             decibels(&exact, &logits(&quantized, &data))
         });
@@ -174,7 +172,7 @@ fn learned_rounding_is_never_worse_than_what_it_starts_from_and_better_on_the_wh
         // Windows of a picture of noise have little to do with each other; what linear layers read here has.
         let linear = name != "cnn";
         let first = &learned[0];
-        assert!(!linear || first.learned < first.start && first.moved > 0.01, "{name}: {first:?}");
+        assert!(!linear || first.learned < first.start && first.moved > 0.0, "{name}: {first:?}");
         let quantized = prepared.quantize().unwrap();
         let better = decibels(&exact, &logits(&quantized, &data));
         assert!(better > nearest - if linear { 0.0 } else { 0.5 }, "{name}: {nearest:.2} dB, learned {better:.2} dB");

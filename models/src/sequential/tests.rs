@@ -17,7 +17,7 @@ struct Tiny {
 fn tiny(model_type: &str) -> Tiny {
     let dir = tempfile::tempdir().unwrap();
     SynthPlan::tiny(model_type).write(&dir.path().join("model"), None).unwrap();
-    let config = ModelConfig::load(&dir.path().join("model")).unwrap();
+    let config = ModelConfig::load(dir.path().join("model")).unwrap();
     let tokens = (0..12 * N_CTX as u32).map(|i| (i * i * 7 + i * 31 + 5) % config.vocab_size as u32).collect();
     Tiny { dir, config, tokens }
 }

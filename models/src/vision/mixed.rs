@@ -121,6 +121,9 @@ struct Upgrade {
     time: f64,
 }
 
+/// Time of a quantized model as a share of the float one's.
+pub type Timer<'a> = dyn Fn(&Model) -> Result<f64> + 'a;
+
 /// Samples to judge by, and what is known of them.
 pub struct Judge<'a> {
     /// The samples.
@@ -131,7 +134,7 @@ pub struct Judge<'a> {
     pub threads: usize,
     /// Time of a quantized model as a share of the float one's: models run in turns, so that what else the machine does
     /// meets both. Without it there can't be a goal for time.
-    pub timer: Option<&'a dyn Fn(&Model) -> Result<f64>>,
+    pub timer: Option<&'a Timer<'a>>,
     /// Set when the user wants to stop.
     pub stop: &'a AtomicBool,
 }

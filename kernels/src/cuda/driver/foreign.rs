@@ -50,8 +50,8 @@ impl Cuda<Driver> {
             let ((from, _reading), (to, _writing)) = (x.device_ptr(stream), out.device_ptr(stream));
             // SAFETY: both live until the end of this block, where the work is in the stream in which they are freed.
             let (from, to) = unsafe { (self.gpu.foreign(from, 4 * x.len()), self.gpu.foreign(to, 4 * out.len())) };
-            let (mut x, mut y) = (self.rows_over(from, rows, k)?, self.rows_over(to, rows, n)?);
-            self.prepare(&mut x, rows)?;
+            let (x, mut y) = (self.rows_over(from, rows, k)?, self.rows_over(to, rows, n)?);
+            self.prepare(&x, rows)?;
             self.multiply(&x, rows, weight, bias, false, &mut y)?;
             self.gpu.work.flush()?;
         }
