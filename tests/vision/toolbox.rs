@@ -144,7 +144,9 @@ fn convolutions_are_rounded_by_what_their_windows_have_in_common() {
             let quantized = made(&float, &file, &settings, Equalize::Nothing).quantize().unwrap();
             decibels(&exact, &logits(&quantized, &data))
         });
-        assert!(found[1] > found[0] + 2.0, "a scale a channel: {per_channel}, {found:?} dB");
+        // With one scale most is lost to the range of the largest channel, whatever codes are chosen.
+        let margin = if per_channel { 2.0 } else { 0.2 };
+        assert!(found[1] > found[0] + margin, "a scale a channel: {per_channel}, {found:?} dB");
     }
 }
 
