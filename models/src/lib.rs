@@ -17,6 +17,7 @@ pub mod generate;
 pub mod gradient;
 pub mod graph;
 pub mod hub;
+mod kept;
 pub mod model;
 pub mod qat;
 pub mod sample;

@@ -1,6 +1,7 @@
 //! From a model to a network: which initializers are parameters, and what becomes of each node.
 
-use super::renorm::Renorm;
+mod together;
+
 use super::{Net, NormState, Step, Value, operators};
 use crate::graph::inputs;
 use crate::qat::ops::{Axis, BatchStatistics};
@@ -370,42 +371,6 @@ impl<'a> Builder<'a> {
             }
         }
         Ok(())
-    }
-
-    /// A batch norm for a convolution whose weight and bias are integers, if such ones are wanted.
-    fn renorm(&mut self, node: &NodeProto) -> Result<Option<usize>> {
-        if !node.is("Conv") || !self.quantized.is_some_and(|(_, how)| how.batch_norms) {
-            return Ok(None);
-        }
-        let weight = self.net.weights.iter().position(|w| w.output == node.arg(1) && w.axis != Axis::Last);
-        let bias = self.net.biases.iter().position(|b| b.output == node.arg(2));
-        let (Some(weight), Some(bias)) = (weight, bias) else { return Ok(None) };
-        let at = |e: candle_core::Error| refuse(&label(node), e);
-        let Some(offset) = self.net.parameters.get(&self.net.biases[bias].parameter) else { return Ok(None) };
-        let renorm = Renorm::new([weight, bias, self.net.norms.len()], offset.as_tensor()).map_err(at)?;
-        // Learned, saved and restored as all parameters and norms are; no initializer has these names.
-        let name = |what: &str| format!("{} batch norm's {what}", node.out());
-        let running = Renorm::unit(renorm.gain.elem_count());
-        self.net.norms.push(NormState { initializers: [name("mean"), name("variance")], running });
-        self.net.parameters.insert(name("gain"), renorm.gain.clone());
-        self.net.parameters.insert(name("offset"), renorm.offset.clone());
-        self.net.renorms.push(renorm);
-        Ok(Some(self.net.renorms.len() - 1))
-    }
-
-    /// The addition of a bias that is all that reads a MatMul with a matrix, and the bias: one value a column.
-    fn biased(&self, node: &NodeProto) -> Option<(usize, &'a str)> {
-        let weight = self.graph.constant(node.arg(1)).or_else(|| {
-            let made = self.graph.node(self.graph.producer(node.arg(1))?);
-            made.is("DequantizeLinear").then(|| self.graph.constant(made.arg(0))).flatten()
-        })?;
-        let &[_, columns] = weight.dims.as_slice() else { return None };
-        let id = self.graph.sole_consumer(node.out()).filter(|&id| self.graph.node(id).is("Add"))?;
-        let add = self.graph.node(id);
-        let bias = if add.arg(0) == node.out() { add.arg(1) } else { add.arg(0) };
-        let dims = &self.graph.constant(bias)?.dims;
-        let fits = dims.last() == Some(&columns) && dims.iter().product::<i64>() == columns && columns > 1;
-        fits.then_some((id, bias))
     }
 
     /// QuantizeLinear, perhaps a Clip of codes, DequantizeLinear.
