@@ -10,6 +10,7 @@ mod arguments;
 mod classes;
 mod commands;
 mod failure;
+mod findings;
 mod gate;
 mod hub;
 mod limits;

@@ -17,7 +17,6 @@
 
 #include "linear.cuh"
 
-static const u32 TABLE_BYTES = 256 * 256;
 // Units of a warp that are on their way; the host knows it too, and the sizes of what lies beside the ring.
 static const int DEPTH = 4;
 static const u32 SCRATCH_BYTES = 256;
@@ -25,14 +24,6 @@ static const u32 SCRATCH_BYTES = 256;
 // What scales are stored as, known when the kernel is compiled: halves; codes with one number at the second level for each
 // row; anything, with minimums or integer zero points too.
 enum ScaleKind { SCALE_F16, SCALE_CODED, SCALE_ANY };
-
-// The half that code `x` of a table stands for.
-DEVICE u32 table_half(const Weight& weight, u32 x) {
-    u32 lo = x < 8 ? (x < 4 ? weight.table_lo[0] : weight.table_lo[1]) : (x < 12 ? weight.table_lo[2] : weight.table_lo[3]);
-    u32 hi = x < 8 ? (x < 4 ? weight.table_hi[0] : weight.table_hi[1]) : (x < 12 ? weight.table_hi[2] : weight.table_hi[3]);
-    u32 shift = x % 4 * 8;
-    return (lo >> shift & 255) | (hi >> shift & 255) << 8;
-}
 
 // Byte `SELECT` & 3 of `bytes` less `bias`, exactly; `shifted_bias` is bias + 2^23.
 template <u32 SELECT> DEVICE float byte_less(u32 bytes, float shifted_bias) {
@@ -156,14 +147,7 @@ template <int CODES, int SCALE, int WARPS> DEVICE void few(const Product& p) {
     let_next_start();
 
     u32 lane_bytes = lane * 4;
-    if (IS_TABLE) {
-        for (u32 c = threadIdx.x; c < 256; c += THREADS) {
-            u32 pair = table_half(weight, c % 16) | table_half(weight, c / 16) << 16;
-            Quad four = {pair, pair, pair, pair};
-#pragma unroll
-            for (u32 r = 0; r < 8; r++) *(Quad*)(shared + c * 256 + (r + lane) % 8 * 16) = four;
-        }
-    }
+    if (IS_TABLE) fill_table<THREADS>(shared, weight);
 
     // What the thread's first output is made with, of the gate and of its factor; asked for ahead.
     u32 outputs = own * 16 * m;

@@ -193,6 +193,5 @@ KERNEL __launch_bounds__(256) gemm_sum(const Product p) {
     if (at >= outputs) return;
     float sum = 0.0f;
     for (u32 part = 0; part < p.splits; part++) sum += p.partial[part * outputs + at];
-    Target target = {p.bias, p.out, n};
-    write_output(p, target, (u32)(at / n), (u32)(at % n), sum);
+    write_output(p, (u32)(at / n), (u32)(at % n), sum);
 }

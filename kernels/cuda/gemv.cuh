@@ -1,4 +1,4 @@
-// Up to 64 tokens times a quantized weight, at the memory's pace.
+// 9 to 64 tokens times a quantized weight, at the memory's pace.
 //
 //   outputs   block x: TILES tiles of 16
 //   tokens    block y: 8 * COLUMNS
@@ -16,7 +16,6 @@
 
 // Units whose scales are in shared memory at a time, all tiles of a block together; the host knows it too.
 static const u32 PHASE = 256;
-static const u32 TABLE_BYTES = 256 * 256;
 // Floats between two tokens' sums in shared memory: four lanes that differ in tokens hit different banks.
 static const int TOKEN_STRIDE = 20;
 
@@ -69,15 +68,7 @@ DEVICE void numbers_ready(const Weight& weight, const Numbers& numbers, u32 tile
     }
 }
 
-// The half that code `x` of a table stands for.
-DEVICE u32 table_half(const Weight& weight, u32 x) {
-    u32 lo = x < 8 ? (x < 4 ? weight.table_lo[0] : weight.table_lo[1]) : (x < 12 ? weight.table_lo[2] : weight.table_lo[3]);
-    u32 hi = x < 8 ? (x < 4 ? weight.table_hi[0] : weight.table_hi[1]) : (x < 12 ? weight.table_hi[2] : weight.table_hi[3]);
-    u32 shift = x % 4 * 8;
-    return (lo >> shift & 255) | (hi >> shift & 255) << 8;
-}
-
-template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEVICE void gemv(const Product& p) {
+template <int CODES, int COLUMNS, int TILES, int WARPS, int DEPTH> DEVICE void gemv(const Product& p) {
     extern __shared__ __align__(16) u8 shared[];
     constexpr bool IS_TABLE = CODES == CODES_W4_TABLE;
     constexpr int Q = QUADS<CODES>;
@@ -85,38 +76,19 @@ template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEV
     // Bytes between the scales of two units; within one: (half, row i) pairs.
     constexpr u32 STRIDE = IS_TABLE ? 256 : 128, START = IS_TABLE ? 128 : 0;
     static_assert(PHASE_UNITS % (DEPTH * WARPS) == 0, "a warp's place in its ring is the same in every phase");
-    static_assert(COLUMNS > 1 || DEPTH % 2 == 0, "activations alternate between two places");
     const Weight& weight = p.weight;
     u32 lane = lane_id(), warp = warp_id(), i = lane / 4, j = lane % 4, units = weight.units;
     u32 tile0 = blockIdx.x * TILES, token0 = blockIdx.y * (8 * COLUMNS);
-    // The weight that the block belongs to.
-    const Quad* all_codes = weight.codes;
-    Numbers scales = weight.scales;
-    Target target = {p.bias, p.out, weight.n};
-    if (COLUMNS == 1 && !MIN) {
-#pragma unroll
-        for (int a = 0; a < 2; a++) {
-            const Also& also = p.also[a];
-            if (blockIdx.x >= also.first) {
-                tile0 = (blockIdx.x - also.first) * TILES;
-                all_codes = also.codes;
-                scales = also.scales;
-                target.bias = also.bias;
-                target.out = also.out;
-                target.n = also.n;
-            }
-        }
-    }
-    u32 tiles = (target.n + 15) / 16;
+    u32 tiles = (weight.n + 15) / 16;
     u32 held = min(units, PHASE_UNITS);
-    bool has_min = MIN && weight.zero_kind != ZERO_CONST;
+    bool has_min = weight.zero_kind != ZERO_CONST;
     u8* mins = shared + (IS_TABLE ? TABLE_BYTES : TILES * held * 128);
 
     // Tiles past the last one compute it again, and are not written.
     const Quad* codes[TILES];
 #pragma unroll
     for (int t = 0; t < TILES; t++)
-        codes[t] = all_codes + ((u64)min(tile0 + t, tiles - 1) * units + warp) * (Q * 32) + lane;
+        codes[t] = weight.codes + ((u64)min(tile0 + t, tiles - 1) * units + warp) * (Q * 32) + lane;
     Quad ring[DEPTH][TILES][Q];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++)
@@ -128,14 +100,7 @@ template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEV
     let_next_start();
 
     u32 lane_bytes = lane * 4;
-    if (IS_TABLE) {
-        for (u32 c = threadIdx.x; c < 256; c += THREADS) {
-            u32 pair = table_half(weight, c % 16) | table_half(weight, c / 16) << 16;
-            Quad four = {pair, pair, pair, pair};
-#pragma unroll
-            for (u32 r = 0; r < 8; r++) *(Quad*)(shared + c * 256 + (r + lane) % 8 * 16) = four;
-        }
-    }
+    if (IS_TABLE) fill_table<THREADS>(shared, weight);
 
     const Quad* x[COLUMNS];
     bool is_there[COLUMNS];
@@ -153,7 +118,7 @@ template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEV
 #pragma unroll
             for (int e = 0; e < 4; e++) sums[t][c][e] = 0.0f;
     // Integer zero points are taken off as minimums; the constant keeps levels small.
-    float zero = MIN && weight.zero_kind == ZERO_INT ? (CODES == CODES_W8 ? 128.0f : 8.0f) : weight.zero;
+    float zero = weight.zero_kind == ZERO_INT ? (CODES == CODES_W8 ? 128.0f : 8.0f) : weight.zero;
     Zeros zeros = zeros_of<CODES>(zero, zero);
 
     // The scales of units from `begin` on.
@@ -166,12 +131,12 @@ template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEV
                 return (FloatPair*)(shared + (t * held + at / 16) * STRIDE + START + at % 16 * 8);
             };
             auto min_at = [&](u32 at) { return (FloatPair*)(mins + (t * held + at / 16) * 128 + at % 16 * 8); };
-            numbers_ready<THREADS>(weight, scales, tile, 2 * begin, count,
+            numbers_ready<THREADS>(weight, weight.scales, tile, 2 * begin, count,
                                    [&](u32 at, FloatPair number) { *scale_at(at) = number; });
-            if (MIN && weight.zero_kind == ZERO_MIN)
+            if (weight.zero_kind == ZERO_MIN)
                 numbers_ready<THREADS>(weight, weight.mins, tile, 2 * begin, count,
                                        [&](u32 at, FloatPair number) { *min_at(at) = number; });
-            if (MIN && weight.zero_kind == ZERO_INT)
+            if (weight.zero_kind == ZERO_INT)
 #pragma unroll 1
                 for (u32 at = threadIdx.x; at < count; at += THREADS) {
                     u32 group = divide(2 * begin + at / 8, weight.group_magic);
@@ -184,24 +149,15 @@ template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEV
         }
     };
 
-    Quad ahead[2][2];
     u32 at = 0; // of the phase: bytes between its first unit's scales and those of the warp's next unit
     auto step = [&](int d, u32 unit) {
         Quad b[COLUMNS];
-        if (COLUMNS == 1 && is_there[0] && unit + WARPS < units) {
-            ahead[(d + 1) % 2][0] = x[0][(d + 1) * WARPS * 8];
-            ahead[(d + 1) % 2][1] = x[0][(d + 1) * WARPS * 8 + 4];
-        }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
-                if (COLUMNS == 1) {
-                    b[c] = ahead[d % 2][h];
-                } else {
-                    b[c] = {0, 0, 0, 0};
-                    if (is_there[c]) b[c] = x[c][d * WARPS * 8 + h * 4];
-                }
+                b[c] = {0, 0, 0, 0};
+                if (is_there[c]) b[c] = x[c][d * WARPS * 8 + h * 4];
             }
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
@@ -244,11 +200,7 @@ template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEV
     for (u32 begin = 0; begin < units; begin += held) {
         if (begin > 0) __syncthreads(); // every warp has read the scales before
         make_ready(begin);
-        if (begin == 0) {
-            wait_for_previous();
-            ahead[0][0] = ahead[0][1] = ahead[1][0] = ahead[1][1] = {0, 0, 0, 0};
-            if (COLUMNS == 1 && is_there[0] && warp < units) ahead[0][0] = x[0][0], ahead[0][1] = x[0][4];
-        }
+        if (begin == 0) wait_for_previous();
         __syncthreads();
         u32 end = min(begin + held, units);
         at = warp;
@@ -283,20 +235,19 @@ template <int CODES, bool MIN, int COLUMNS, int TILES, int WARPS, int DEPTH> DEV
         __syncthreads();
         for (u32 out = threadIdx.x; out < 8 * ROWS; out += THREADS) {
             u32 token = token0 + c * 8 + out / ROWS, r = out % ROWS, row = tile0 * 16 + r;
-            if (token < p.m && row < target.n) {
+            if (token < p.m && row < weight.n) {
                 float sum = 0.0f;
 #pragma unroll
                 for (u32 w = 0; w < WARPS; w++)
                     sum += parts[(w * TILES + r / 16) * (8 * TOKEN_STRIDE) + out / ROWS * TOKEN_STRIDE + r % 16];
-                write_output(p, target, token, row, sum);
+                write_output(p, token, row, sum);
             }
         }
     }
 }
 
-// MIN: whether it knows weights with minimums or integer zero points. BLOCKS on a processor at a time: the registers that
-// leaves a thread are the most it may use.
-#define GEMV(NAME, CODES, MIN, COLUMNS, TILES, WARPS, DEPTH, BLOCKS)                                                   \
+// BLOCKS on a processor at a time: the registers that leaves a thread are the most it may use.
+#define GEMV(NAME, CODES, COLUMNS, TILES, WARPS, DEPTH, BLOCKS)                                                        \
     KERNEL __launch_bounds__(WARPS * 32, BLOCKS) NAME(const Product p) {                                               \
-        gemv<CODES, MIN, COLUMNS, TILES, WARPS, DEPTH>(p);                                                             \
+        gemv<CODES, COLUMNS, TILES, WARPS, DEPTH>(p);                                                                  \
     }

@@ -84,6 +84,28 @@ struct Product {
     u32 gate;        // out = gate(x * weight^T) * (x * also[0]^T)
 };
 
+// Where a table of pairs lies: entry c of 256 is the pair of halves that byte c stands for, 32 times, once for each lane's
+// bank.
+static const u32 TABLE_BYTES = 256 * 256;
+
+// The half that code `x` of a table stands for.
+DEVICE u32 table_half(const Weight& weight, u32 x) {
+    u32 lo = x < 8 ? (x < 4 ? weight.table_lo[0] : weight.table_lo[1]) : (x < 12 ? weight.table_lo[2] : weight.table_lo[3]);
+    u32 hi = x < 8 ? (x < 4 ? weight.table_hi[0] : weight.table_hi[1]) : (x < 12 ? weight.table_hi[2] : weight.table_hi[3]);
+    u32 shift = x % 4 * 8;
+    return (lo >> shift & 255) | (hi >> shift & 255) << 8;
+}
+
+// A block's threads write that table.
+template <u32 THREADS> DEVICE void fill_table(u8* shared, const Weight& weight) {
+    for (u32 c = threadIdx.x; c < 256; c += THREADS) {
+        u32 pair = table_half(weight, c % 16) | table_half(weight, c / 16) << 16;
+        Quad four = {pair, pair, pair, pair};
+#pragma unroll
+        for (u32 r = 0; r < 8; r++) *(Quad*)(shared + c * 256 + (r + lane_id()) % 8 * 16) = four;
+    }
+}
+
 // The numbers of rows i and i+8 of a tile.
 DEVICE FloatPair number_pair(const Numbers& numbers, u32 groups, u32 tile, u32 group, u32 i) {
     u32 at = (tile * groups + group) * 8 + i;
@@ -184,17 +206,10 @@ DEVICE void add_minimums(float (&sums)[4], const Quad& x, const FloatPair& min) 
     add_scaled(sums, sum, min);
 }
 
-// Where outputs go.
-struct Target {
-    const float* bias;
-    float* out;
-    u32 n;
-};
-
 // One output from its whole sum.
-DEVICE void write_output(const Product& p, const Target& target, u32 token, u32 row, float sum) {
+DEVICE void write_output(const Product& p, u32 token, u32 row, float sum) {
     float y = sum * p.factor[token];
-    if (target.bias) y += target.bias[row];
-    float* out = target.out + (u64)token * target.n + row;
+    if (p.bias) y += p.bias[row];
+    float* out = p.out + (u64)token * p.weight.n + row;
     *out = p.accumulate ? *out + y : y;
 }

@@ -6,7 +6,7 @@
 //! touch is there, and launches.
 //!
 //! ```text
-//! a product   rows -> halves, each row times a power of two (by norms and gates at once)    gemv (up to 64 rows) or gemm
+//! a product   rows -> halves, each row times a power of two (by norms and gates at once)    few (up to 8 rows), gemv (up to 64) or gemm
 //! attention   append keys and values, attend chunk by chunk, merge chunks
 //! ```
 //! Sums are taken in an order that depends on shapes (and on the device's number of processors), never on timing.
@@ -15,6 +15,7 @@ mod attention;
 mod data;
 #[cfg(feature = "cuda")]
 pub mod driver;
+mod embed;
 mod few;
 mod gpu;
 mod linear;

@@ -70,6 +70,25 @@ pub trait SimdOp {
     fn eval<S: Simd>(self, s: S) -> Self::Output;
 }
 
+/// The sum of `a * b`, over as many values as both have.
+#[inline(always)]
+pub fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = s.splat(0.0);
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        sums = s.fma(s.load_partial(a), s.load_partial(b), sums);
+    }
+    s.sum(sums)
+}
+
+/// `to += by * from`.
+#[inline(always)]
+pub fn add_multiple<S: Simd>(s: S, to: &mut [f32], from: &[f32], by: f32) {
+    let by = s.splat(by);
+    for (to, from) in to.chunks_mut(LANES).zip(from.chunks(LANES)) {
+        s.store_partial(s.fma(by, s.load_partial(from), s.load_partial(to)), to);
+    }
+}
+
 /// Does `op` with the instructions of `isa`, or with portable ones if this CPU lacks them.
 pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
     #[cfg(target_arch = "x86_64")]

@@ -7,6 +7,7 @@ use super::calibrate::open_text;
 use super::vision::page::decibels;
 use crate::arguments::Threads;
 use crate::failure::Stopped;
+use crate::findings::Findings;
 use crate::gate::tokenizer;
 use crate::output::{self, Table};
 use crate::progress::{Meter, duration};
@@ -51,30 +52,15 @@ pub struct Diagnose {
     /// How activations meet weights while layers are tried; figures can't go below what this costs by itself
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Activations::Auto)]
     activations: Activations,
-    /// Write all that is found, as JSON
-    #[arg(long, short, value_name = "FILE.json")]
-    output: Option<PathBuf>,
-    /// Also write a page (HTML, one file) that shows all of it, with histograms and ranges of channels
-    #[arg(long, value_name = "FILE.html")]
-    report: Option<PathBuf>,
-    /// Replace files that are there
-    #[arg(long)]
-    force: bool,
-    /// Keep what is done in this file, and go on from it
-    #[arg(long, value_name = "FILE")]
-    state: Option<PathBuf>,
-    /// Layers and tensors that are listed
-    #[arg(long, value_name = "N", default_value_t = 12)]
-    top: usize,
+    #[command(flatten)]
+    findings: Findings,
     #[command(flatten)]
     threads: Threads,
 }
 
 impl Run for Diagnose {
     fn run(self, session: &Session) -> Result<()> {
-        for path in self.output.iter().chain(&self.report) {
-            output::may_write(path, self.force)?;
-        }
+        self.findings.check()?;
         self.threads.set_for_conversion()?;
         let quantized = crate::hub::checkpoint(session, &self.checkpoint)?;
         let float = crate::hub::checkpoint(session, &self.reference)?;
@@ -84,7 +70,7 @@ impl Run for Diagnose {
         let eval = EvalPlan { n_ctx: self.ctx, chunks: Some(self.chunks), bos: beginning(&tokenizer)? };
         let pool = Arc::new(Pool::new(self.threads.count()));
         let plan = DiagnosisPlan { tokens: &tokens, eval, activations: self.activations.kind(), pool };
-        let mut state = self.state.as_deref().map(State::open).transpose()?.unwrap_or_default();
+        let mut state = self.findings.state().map(State::open).transpose()?.unwrap_or_default();
         let json = crate::gate::sidecars(&float)?.json("config.json")?.context("there is no config.json")?;
         let layers = nibble_models::ModelConfig::from_json(&float.join("config.json"), &json)?.layers.len();
         let meter = Meter::new(session, "diagnose", "steps");
@@ -99,16 +85,11 @@ impl Run for Diagnose {
             Err(ModelError::Quant(QuantError::Stopped)) => return Err(Stopped.into()),
             found => found?,
         };
-        if let Some(path) = &self.output {
-            output::write_whole(path, &serde_json::to_vec_pretty(&diagnosis)?)?;
-        }
-        if let Some(path) = &self.report {
-            page::page(&quantized, &diagnosis).save(path)?;
-        }
+        self.findings.save(&diagnosis, || page::page(&quantized, &diagnosis))?;
         if session.json {
             return output::json(&serde_json::to_value(&diagnosis)?);
         }
-        print(&diagnosis, self.top)?;
+        print(&diagnosis, self.findings.top)?;
         if session.talks() {
             let memory =
                 output::peak_rss().map(|rss| format!(", peak memory {}", output::bytes(rss))).unwrap_or_default();

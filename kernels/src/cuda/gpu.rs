@@ -14,6 +14,7 @@ pub struct Ptx {
 /// All of it.
 pub static MODULES: &[Ptx] = &[
     Ptx { name: "attention", text: include_str!("../../cuda/ptx/attention.ptx") },
+    Ptx { name: "attention_step", text: include_str!("../../cuda/ptx/attention_step.ptx") },
     Ptx { name: "embed", text: include_str!("../../cuda/ptx/embed.ptx") },
     Ptx { name: "few_w4", text: include_str!("../../cuda/ptx/few_w4.ptx") },
     Ptx { name: "few_w4_table", text: include_str!("../../cuda/ptx/few_w4_table.ptx") },

@@ -1,9 +1,9 @@
-//! Products with weights, and single rows of them.
+//! Products with weights.
 
-use super::data::{DeviceIndices, DeviceRows, DeviceVector};
+use super::data::{DeviceRows, DeviceVector};
 use super::few::{FEW, alike};
 use super::gpu::{DeviceMemory, Gpu, Launch};
-use super::weight::{Codes, DeviceWeight, NumbersArgument, OutliersArgument, Stored, WeightArgument};
+use super::weight::{Codes, DeviceWeight, NumbersArgument, Stored, WeightArgument};
 use super::{Cuda, SCRATCH, check, size};
 use crate::KernelError;
 use crate::ops::math::Function;
@@ -49,46 +49,6 @@ pub(super) struct AlsoArgument {
     pub(super) out: u64,
     pub(super) n: u32,
     pub(super) first: u32,
-}
-
-/// `Dense` of embed.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct DenseArgument {
-    weight: u64,
-    x: u64,
-    bias: u64,
-    out: u64,
-    tokens: u64,
-    n: u32,
-    k: u32,
-    m: u32,
-    accumulate: u32,
-    factor: f32,
-    unused: u32,
-}
-
-/// `Embed` of embed.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct EmbedArgument {
-    weight: WeightArgument,
-    outliers: OutliersArgument,
-    tokens: u64,
-    out: u64,
-    width: u32,
-    factor: f32,
-}
-
-/// `OutlierProduct` of embed.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct OutlierArgument {
-    outliers: OutliersArgument,
-    x: u64,
-    out: u64,
-    n: u32,
-    k: u32,
 }
 
 /// The kernels of one kind of codes for more than 8 rows.
@@ -148,14 +108,6 @@ impl Codes {
             Codes::W4 => &W4,
             Codes::W4Table => &W4_TABLE,
             Codes::W8 => &W8,
-        }
-    }
-
-    fn embed(self) -> &'static str {
-        match self {
-            Codes::W4 => "embed_w4",
-            Codes::W4Table => "embed_w4_table",
-            Codes::W8 => "embed_w8",
         }
     }
 }
@@ -366,20 +318,6 @@ impl<G: Gpu> Cuda<G> {
         self.gate(function, gate.out, up.out, rows)
     }
 
-    fn add_outliers(
-        &self,
-        x: &DeviceRows<G::Memory>,
-        rows: usize,
-        weight: &DeviceWeight<G::Memory>,
-        out: &mut DeviceRows<G::Memory>,
-    ) -> Result<(), KernelError> {
-        let Some(outliers) = weight.outliers else { return Ok(()) };
-        let (n, k) = (size(weight.n)?, size(weight.k)?);
-        let argument = OutlierArgument { outliers, x: x.values.address(), out: out.values.address(), n, k };
-        let grid = [n.div_ceil(8), size(rows)?, 1];
-        self.gpu.launch(&Launch::new("outliers_add", grid, 256, bytes_of(&argument)))
-    }
-
     #[allow(clippy::too_many_arguments)] // a product, and which kernels it is for
     fn many(
         &self,
@@ -435,84 +373,5 @@ impl<G: Gpu> Cuda<G> {
     fn parts(&self, busy: usize, blocks: usize, units: usize, outputs: usize) -> usize {
         let wanted = (busy * self.gpu.processors() as usize).div_ceil(blocks.max(1));
         wanted.min(units / LEAST_PART).min(SCRATCH / (outputs * 4).max(1)).max(1)
-    }
-
-    #[allow(clippy::too_many_arguments)] // a product, and which kernel it is for
-    fn dense(
-        &self,
-        kernel: &'static str,
-        at: u64,
-        weight: &DeviceWeight<G::Memory>,
-        x: &DeviceRows<G::Memory>,
-        rows: usize,
-        bias: u64,
-        accumulate: bool,
-        out: &mut DeviceRows<G::Memory>,
-    ) -> Result<(), KernelError> {
-        let argument = DenseArgument {
-            weight: at,
-            x: x.values.address(),
-            bias,
-            out: out.values.address(),
-            tokens: 0,
-            n: size(weight.n)?,
-            k: size(weight.k)?,
-            m: size(rows)?,
-            accumulate: accumulate.into(),
-            factor: 1.0,
-            unused: 0,
-        };
-        let grid = [size(weight.n.div_ceil(8))?, size(rows.div_ceil(8))?, 1];
-        self.gpu.launch(&Launch::new(kernel, grid, 256, bytes_of(&argument)))
-    }
-
-    /// Row i of `out` = factor * row `tokens[i]` of the weight.
-    ///
-    /// # Errors
-    /// Widths differ, there is no room, or a token has no row.
-    pub fn embed(
-        &self,
-        weight: &DeviceWeight<G::Memory>,
-        tokens: &[u32],
-        indices: &mut DeviceIndices<G::Memory>,
-        factor: f32,
-        out: &mut DeviceRows<G::Memory>,
-    ) -> Result<(), KernelError> {
-        out.check("embeddings", tokens.len(), weight.k)?;
-        out.changes();
-        let rows = self.set_indices(indices, tokens, weight.n)?;
-        let (codes, argument) = match &weight.stored {
-            Stored::Codes(codes, argument) => (codes, argument),
-            Stored::F32(at) => return self.embed_dense("embed_f32", *at, weight, rows, tokens.len(), factor, out),
-            Stored::F16(at) => return self.embed_dense("embed_f16", *at, weight, rows, tokens.len(), factor, out),
-            Stored::Bf16(at) => return self.embed_dense("embed_bf16", *at, weight, rows, tokens.len(), factor, out),
-        };
-        let argument = EmbedArgument {
-            weight: *argument,
-            outliers: weight.outliers.unwrap_or_default(),
-            tokens: rows,
-            out: out.values.address(),
-            width: size(weight.k)?,
-            factor,
-        };
-        self.gpu.launch(&Launch::new(codes.embed(), [size(tokens.len())?, 1, 1], 256, bytes_of(&argument)))
-    }
-
-    #[allow(clippy::too_many_arguments)] // a lookup, and which kernel it is for
-    fn embed_dense(
-        &self,
-        kernel: &'static str,
-        at: u64,
-        weight: &DeviceWeight<G::Memory>,
-        tokens: u64,
-        count: usize,
-        factor: f32,
-        out: &mut DeviceRows<G::Memory>,
-    ) -> Result<(), KernelError> {
-        let (n, k) = (size(weight.n)?, size(weight.k)?);
-        let (out, m) = (out.values.address(), size(count)?);
-        let argument =
-            DenseArgument { weight: at, x: 0, bias: 0, out, tokens, n, k, m, accumulate: 0, factor, unused: 0 };
-        self.gpu.launch(&Launch::new(kernel, [m, 1, 1], 256, bytes_of(&argument)))
     }
 }

@@ -7,7 +7,7 @@
 
 use candle_core::{CpuStorage, CustomOp3, Device, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
-use nibble_kernels::simd::{LANES, Simd, SimdOp, dispatch};
+use nibble_kernels::simd::{Simd, SimdOp, add_multiple, dispatch, dot};
 use rayon::prelude::*;
 
 /// What is the same for all heads.
@@ -78,7 +78,7 @@ impl SimdOp for Forward<'_> {
         for (i, out) in self.out.chunks_exact_mut(self.head.width).enumerate() {
             let first = self.op.shares(s, self.head, i, &mut shares);
             for (j, share) in shares.iter().enumerate() {
-                add(s, out, self.head.row(self.head.v, first + j), *share);
+                add_multiple(s, out, self.head.row(self.head.v, first + j), *share);
             }
         }
     }
@@ -116,13 +116,13 @@ impl SimdOp for Back<'_> {
                 let mean: f32 = shares.iter().zip(&by_share).map(|(p, d)| p * d).sum();
                 for (j, (p, d)) in shares.iter().zip(&by_share).enumerate() {
                     let at = (first + j) * width..(first + j + 1) * width;
-                    add(s, &mut dv[at.clone()], g, *p);
+                    add_multiple(s, &mut dv[at.clone()], g, *p);
                     let mut by = p * (d - mean) * op.scale;
                     if let Some(cap) = op.softcap {
                         by *= 1.0 - (op.scale * dot(s, head.row(q, i), &k[at.clone()]) / cap).tanh().powi(2);
                     }
-                    add(s, dq, &k[at.clone()], by);
-                    add(s, &mut dk[at], head.row(q, i), by);
+                    add_multiple(s, dq, &k[at.clone()], by);
+                    add_multiple(s, &mut dk[at], head.row(q, i), by);
                 }
             }
         }
@@ -186,22 +186,4 @@ fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
         (CpuStorage::F32(values), Some((start, end))) => Ok(&values[start..end]),
         _ => Err(Error::Msg(format!("attention takes contiguous f32, got {:?}", layout.shape()))),
     }
-}
-
-/// `to += by * from`.
-#[inline(always)]
-fn add<S: Simd>(s: S, to: &mut [f32], from: &[f32], by: f32) {
-    let by = s.splat(by);
-    for (to, from) in to.chunks_mut(LANES).zip(from.chunks(LANES)) {
-        s.store_partial(s.fma(by, s.load_partial(from), s.load_partial(to)), to);
-    }
-}
-
-#[inline(always)]
-fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = s.splat(0.0);
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        sums = s.fma(s.load_partial(a), s.load_partial(b), sums);
-    }
-    s.sum(sums)
 }

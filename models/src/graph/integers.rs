@@ -6,7 +6,8 @@
 //! MatMul(DequantizeLinear(x), DequantizeLinear(w))   ->   MatMulInteger(x, w) as floats * (scale of x * scales of w)
 //! QuantizeLinear(x)                                  ->   clamp(x / s + 1.5 * 2^23 - (1.5 * 2^23 - z), 0, 255) as uint8
 //! ```
-//! Floats from 2^23 on are whole: adding such a number rounds to the nearest even one, as QuantizeLinear does.
+//! Floats from 2^23 on are whole: adding such a number rounds to the nearest even one, as QuantizeLinear does. It divides, and so is
+//! divided here: a product with the reciprocal may fall to the other side of a tie.
 
 use crate::Result;
 use nibble_quant::onnx::graph::fresh;
@@ -78,7 +79,7 @@ fn quantize(graph: &Graph, node: &NodeProto, names: &mut BTreeSet<String>) -> Re
     let mut edits = Vec::new();
     let mut last = node.arg(0).to_owned();
     let constants: [(&str, &[f32]); 4] =
-        [("Mul", &[1.0 / scale]), ("Add", &[WHOLE]), ("Sub", &[WHOLE - zero as f32]), ("Clip", &[0.0, 255.0])];
+        [("Div", &[scale]), ("Add", &[WHOLE]), ("Sub", &[WHOLE - zero as f32]), ("Clip", &[0.0, 255.0])];
     for (op, values) in constants {
         let mut inputs = vec![last];
         for &value in values {

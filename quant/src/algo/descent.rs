@@ -14,7 +14,7 @@ use super::fit::{Rule, inverse};
 use crate::linalg::Dense;
 use crate::{FloatFormat, Granularity, QTensor, ScaleData, ScaleFormat};
 use nibble_kernels::Isa;
-use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
+use nibble_kernels::simd::{self, Simd, SimdOp, add_multiple, dot};
 use rayon::prelude::*;
 
 /// Most sweeps over a row; the error hardly changes after the first few.
@@ -109,7 +109,7 @@ impl SimdOp for RowError<'_> {
         let k = self.own.len();
         let mut tied = vec![0f32; k];
         for (row, tie) in self.d.chunks(k).zip(self.ties) {
-            add(s, &mut tied, row, *tie);
+            add_multiple(s, &mut tied, row, *tie);
         }
         let moved = tied.iter().enumerate().map(|(j, t)| *t as f64 * dot(s, self.h.row(j), self.own) as f64);
         moved.sum()
@@ -132,7 +132,7 @@ impl SimdOp for Shift<'_, '_> {
         let by = inverse(self.ties[self.r]);
         for (at, (row, tie)) in self.rows.iter().zip(self.ties).enumerate() {
             if at != self.r {
-                add(s, self.shift, &row.d, tie * by);
+                add_multiple(s, self.shift, &row.d, tie * by);
             }
         }
     }
@@ -260,7 +260,7 @@ impl<'a> Row<'a> {
     #[inline(always)]
     fn step<S: Simd>(&mut self, s: S, j: usize, by: f32) {
         self.d[j] -= by;
-        add(s, &mut self.g, self.h.row(j), -by);
+        add_multiple(s, &mut self.g, self.h.row(j), -by);
     }
 
     /// One sweep over codes; whether one has changed.
@@ -336,7 +336,7 @@ impl SimdOp for Sweeps<'_, '_> {
         for j in 0..row.d.len() {
             let by = row.d[j];
             if by != 0.0 {
-                add(s, &mut row.g, row.h.row(j), by);
+                add_multiple(s, &mut row.g, row.h.row(j), by);
             }
         }
         for _ in 0..SWEEPS {
@@ -348,22 +348,4 @@ impl SimdOp for Sweeps<'_, '_> {
         }
         changed
     }
-}
-
-/// `to += by * from`.
-#[inline(always)]
-fn add<S: Simd>(s: S, to: &mut [f32], from: &[f32], by: f32) {
-    let by = s.splat(by);
-    for (to, from) in to.chunks_mut(LANES).zip(from.chunks(LANES)) {
-        s.store_partial(s.fma(by, s.load_partial(from), s.load_partial(to)), to);
-    }
-}
-
-#[inline(always)]
-fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = s.splat(0.0);
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        sums = s.fma(s.load_partial(a), s.load_partial(b), sums);
-    }
-    s.sum(sums)
 }

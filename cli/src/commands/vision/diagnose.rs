@@ -7,6 +7,7 @@ use super::recipe::{Recipe, open};
 use crate::arguments::Threads;
 use crate::commands::Run;
 use crate::failure::Usage;
+use crate::findings::Findings;
 use crate::output::{self, Table};
 use crate::progress::Meter;
 use crate::session::Session;
@@ -38,27 +39,14 @@ pub struct Diagnose {
     /// Classes of the samples: a text file with one number for each, in their order
     #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
-    /// Write all that is found, as JSON
-    #[arg(long, short, value_name = "FILE.json")]
-    output: Option<PathBuf>,
-    /// Also write a page (HTML, one file) that shows all of it, with histograms and ranges of channels
-    #[arg(long, value_name = "FILE.html")]
-    report: Option<PathBuf>,
-    /// Replace files that are there
-    #[arg(long)]
-    force: bool,
-    /// Keep what is done in this file, and go on from it
-    #[arg(long, value_name = "FILE")]
-    state: Option<PathBuf>,
     /// Look at layers that read the same tensor (queries, keys and values) one by one
     #[arg(long)]
     apart: bool,
     /// Look only at layers that fit this pattern (may be repeated)
     #[arg(long, value_name = "PATTERN")]
     only: Vec<Selector>,
-    /// Layers and tensors that are listed
-    #[arg(long, value_name = "N", default_value_t = 12)]
-    top: usize,
+    #[command(flatten)]
+    findings: Findings,
     #[command(flatten)]
     recipe: Recipe,
     #[command(flatten)]
@@ -71,9 +59,7 @@ pub struct Diagnose {
 
 impl Run for Diagnose {
     fn run(self, session: &Session) -> Result<()> {
-        for path in self.output.iter().chain(&self.report) {
-            output::may_write(path, self.force)?;
-        }
+        self.findings.check()?;
         self.threads.set_for_conversion()?;
         let threads = self.threads.count();
         if self.recipe.settings()?.mode != Mode::Static {
@@ -85,10 +71,7 @@ impl Run for Diagnose {
         let calib = self.recipe.samples(session, &self.preparation, &prepared.model)?;
         let data = self.preparation.open(session, &self.data, &inputs(&prepared.model))?;
         let count = data.count()?;
-        let mut state = match &self.state {
-            Some(path) => State::open(path)?,
-            None => State::none(),
-        };
+        let mut state = self.findings.state().map(State::open).transpose()?.unwrap_or_default();
         let (stop, labels) = (session.stop(), labels.as_deref());
         let how = SensitivityOptions { labels, threads, apart: self.apart, only: &self.only, stop };
         let meter = Meter::new(session, "diagnose", "runs");
@@ -100,16 +83,11 @@ impl Run for Diagnose {
         drop(meter);
         let diagnosis =
             Diagnosis { samples: found.samples, sources: found.sources, layers: found.layers, activations, weights };
-        if let Some(path) = &self.output {
-            output::write_whole(path, &serde_json::to_vec_pretty(&diagnosis)?)?;
-        }
-        if let Some(path) = &self.report {
-            page(&self.model, &diagnosis).save(path)?;
-        }
+        self.findings.save(&diagnosis, || page(&self.model, &diagnosis))?;
         if session.json {
             return output::json(&serde_json::to_value(&diagnosis)?);
         }
-        print(&diagnosis, self.top)
+        print(&diagnosis, self.findings.top)
     }
 }
 
