@@ -135,12 +135,12 @@ pub fn algorithm(name: &str) -> Result<&'static Algorithm> {
 }
 
 /// Codes of a tensor with one given scale, which make up for each other's errors as `gptq` and `descent` have it, and the
-/// error tr(D H D^T) that is left, H with its damping. Without a usable Gram matrix codes are the nearest ones, and H is the
+/// error d H d^T that is left of each row, H with its damping. Without a usable Gram matrix codes are the nearest ones, and H is the
 /// identity.
 ///
 /// # Errors
 /// A spec of other than one scale, weights that aren't finite, or lengths that contradict the shape.
-pub fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, f64)> {
+pub fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, Vec<f64>)> {
     gptq::under_scale(input, scale)
 }
 

@@ -95,6 +95,16 @@ impl Symmetric {
         });
     }
 
+    /// Subtracts `x x^T`; `x` has the matrix's width.
+    pub fn subtract_outer(&mut self, x: &[f32]) {
+        for (i, row) in self.rows.iter_mut().enumerate() {
+            for (at, value) in row.iter_mut().enumerate() {
+                let (r, c) = (i * LANES + at % LANES, at / TILE * LANES + at % TILE / LANES);
+                *value -= x.get(r).zip(x.get(c)).map_or(0.0, |(a, b)| a * b);
+            }
+        }
+    }
+
     /// `scale * M + damping * I` in rows.
     pub fn dense(&self, scale: f32, damping: f32) -> Dense {
         let width = self.width;

@@ -25,7 +25,8 @@ pub struct Input {
     absmax: Vec<f32>,
     gram: Option<Symmetric>,
     outputs: Option<Symmetric>,
-    feedback: Mutex<Weak<linalg::Feedback>>,
+    /// With the damping that was asked for.
+    feedback: Mutex<(f32, Weak<linalg::Feedback>)>,
     factored: OnceLock<Factored>,
 }
 
@@ -134,6 +135,15 @@ impl Input {
         Ok(())
     }
 
+    /// Takes the mean of the rows, which count so much together, away from them: what is left is of deviations from it.
+    pub fn centre(&mut self, mean: &[f64], count: f64) {
+        self.squares.iter_mut().zip(mean).for_each(|(square, m)| *square = (*square - count * m * m).max(0.0));
+        if let Some(gram) = &mut self.gram {
+            let scaled: Vec<f32> = mean.iter().map(|m| (m * count.sqrt()) as f32).collect();
+            gram.subtract_outer(&scaled);
+        }
+    }
+
     /// Takes in what another one has seen: sums differ from those of both together by their rounding, n * 2^-53 of
     /// them for second moments and n * 2^-24 for Gram matrices, over n rows. A Gram matrix is kept if both have one.
     ///
@@ -190,7 +200,8 @@ impl Input {
     pub(crate) fn feedback(&self, damping: f32) -> Option<Arc<linalg::Feedback>> {
         let gram = self.gram.as_ref()?;
         let held = || self.feedback.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = held().upgrade() {
+        let known = held().clone();
+        if let Some(known) = known.1.upgrade().filter(|_| known.0 == damping) {
             return Some(known);
         }
         // Two threads may do this twice: factoring waits for other threads, which must not wait for this one.
@@ -198,7 +209,7 @@ impl Input {
         let outcome = made.as_ref().map_or(Factored::Refused, |(_, damping)| Factored::Damped(*damping));
         self.factored.get_or_init(|| outcome);
         let made = made?.0;
-        *held() = Arc::downgrade(&made);
+        *held() = (damping, Arc::downgrade(&made));
         Some(made)
     }
 

@@ -7,13 +7,21 @@ use nibble_quant::onnx::proto::{AttributeProto, GraphProto, ModelProto};
 use rten::{ModelOptions, RunOptions, ThreadPool, Value, ValueOrView, ValueView};
 use rten_tensor::prelude::*;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A graph in rten.
 pub struct Rten {
     model: rten::Model,
     inputs: Vec<Input>,
-    pool: Arc<ThreadPool>,
+    /// Threads of a run.
+    threads: usize,
+    /// Those that no run has now, if each has its own; else one for all.
+    pools: Pools,
+}
+
+enum Pools {
+    Shared(Arc<ThreadPool>),
+    Own(Mutex<Vec<Arc<ThreadPool>>>),
 }
 
 impl Rten {
@@ -39,6 +47,14 @@ impl Rten {
         }
     }
 
+    /// For so many runs at a time, each by a thread of its own, rayon's workers not among them: those take up other work
+    /// while they wait. Each run has its share of the threads for itself, and none waits for pieces of another's products.
+    pub fn side_by_side(mut self, runs: usize) -> Rten {
+        self.threads /= runs.clamp(1, self.threads);
+        self.pools = Pools::Own(Mutex::default());
+        self
+    }
+
     fn with(model: &Model, kept: &[String], threads: usize, mut options: ModelOptions) -> Result<Rten> {
         let mut proto = asking_for(model, kept);
         // The version is how rten tells ONNX from other files.
@@ -49,8 +65,59 @@ impl Rten {
             Err(_) => load(&proto, options.enable_optimization(false))?,
             Ok(loaded) => loaded,
         };
-        let pool = Arc::new(ThreadPool::with_num_threads(threads.max(1)));
-        Ok(Rten { model: loaded, inputs: inputs(model), pool })
+        let threads = threads.max(1);
+        let pools = Pools::Shared(Arc::new(ThreadPool::with_num_threads(threads)));
+        Ok(Rten { model: loaded, inputs: inputs(model), threads, pools })
+    }
+
+    /// [`GraphRunner::run`] with values that are somebody else's.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run_borrowed(&self, feeds: &[(&str, &Tensor)], wanted: &[String]) -> Result<Vec<Tensor>> {
+        let mut values: Vec<(rten::NodeId, ValueOrView)> = Vec::new();
+        for &(name, tensor) in feeds {
+            let id = self.model.node_id(name).map_err(|e| refuse(name, e))?;
+            let view = match &tensor.values {
+                Values::Float(values) => {
+                    ValueView::from_shape(&tensor.dims, values.as_slice()).map_err(|e| e.to_string())
+                }
+                Values::Int(values) => {
+                    ValueView::from_shape(&tensor.dims, values.as_slice()).map_err(|e| e.to_string())
+                }
+            };
+            values.push((id, view.map_err(|e| refuse(name, e))?.into()));
+        }
+        // A tensor that is asked for twice is computed once.
+        let mut place: HashMap<&str, usize> = HashMap::new();
+        let mut ids = Vec::new();
+        for name in wanted {
+            if !place.contains_key(name.as_str()) {
+                ids.push(self.model.node_id(name).map_err(|e| refuse(name, e))?);
+                place.insert(name, ids.len() - 1);
+            }
+        }
+        let pool = match &self.pools {
+            Pools::Shared(pool) => Arc::clone(pool),
+            Pools::Own(free) => {
+                let kept = free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                kept.unwrap_or_else(|| Arc::new(ThreadPool::with_num_threads(self.threads)))
+            }
+        };
+        let options = RunOptions::default().with_thread_pool(Some(Arc::clone(&pool)));
+        let results = self.model.run(values, &ids, Some(options));
+        if let Pools::Own(free) = &self.pools {
+            free.lock().unwrap_or_else(PoisonError::into_inner).push(pool);
+        }
+        let results = results.map_err(|e| refuse("graph", e))?;
+        let mut converted = Vec::with_capacity(results.len());
+        for (value, (name, _)) in results.into_iter().zip(sorted(&place)) {
+            converted.push(convert(name, value)?);
+        }
+        if wanted.len() == converted.len() {
+            return Ok(converted);
+        }
+        Ok(wanted.iter().map(|name| converted[place[name.as_str()]].clone()).collect())
     }
 }
 
@@ -86,38 +153,8 @@ impl GraphRunner for Rten {
     }
 
     fn run(&self, feeds: &[(String, Tensor)], wanted: &[String]) -> Result<Vec<Tensor>> {
-        let mut values: Vec<(rten::NodeId, ValueOrView)> = Vec::new();
-        for (name, tensor) in feeds {
-            let id = self.model.node_id(name).map_err(|e| refuse(name, e))?;
-            let view = match &tensor.values {
-                Values::Float(values) => {
-                    ValueView::from_shape(&tensor.dims, values.as_slice()).map_err(|e| e.to_string())
-                }
-                Values::Int(values) => {
-                    ValueView::from_shape(&tensor.dims, values.as_slice()).map_err(|e| e.to_string())
-                }
-            };
-            values.push((id, view.map_err(|e| refuse(name, e))?.into()));
-        }
-        // A tensor that is asked for twice is computed once.
-        let mut place: HashMap<&str, usize> = HashMap::new();
-        let mut ids = Vec::new();
-        for name in wanted {
-            if !place.contains_key(name.as_str()) {
-                ids.push(self.model.node_id(name).map_err(|e| refuse(name, e))?);
-                place.insert(name, ids.len() - 1);
-            }
-        }
-        let options = RunOptions::default().with_thread_pool(Some(Arc::clone(&self.pool)));
-        let results = self.model.run(values, &ids, Some(options)).map_err(|e| refuse("graph", e))?;
-        let mut converted = Vec::with_capacity(results.len());
-        for (value, (name, _)) in results.into_iter().zip(sorted(&place)) {
-            converted.push(convert(name, value)?);
-        }
-        if wanted.len() == converted.len() {
-            return Ok(converted);
-        }
-        Ok(wanted.iter().map(|name| converted[place[name.as_str()]].clone()).collect())
+        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        self.run_borrowed(&feeds, wanted)
     }
 }
 

@@ -16,6 +16,7 @@ use crate::vision::prepare::Prepared;
 use crate::{ModelError, Result};
 use candle_core::{Device, Tensor};
 use nibble_quant::onnx::Graph;
+use nibble_quant::onnx::equalize::layers::costs;
 use nibble_quant::onnx::tensor::elements;
 use nibble_quant::onnx::weights::{Layout, Seen, Weight, quantize, rows, transpose};
 use nibble_quant::stats::Input;
@@ -90,6 +91,7 @@ pub fn learn(
 ) -> Result<Vec<Learned>> {
     let Prepared { model, plan, calibration, .. } = prepared;
     let graph = Graph::new(model.graph())?;
+    let costs = costs(&graph, plan.settings.weights)?;
     let mut found = Vec::new();
     for layer in layers(&graph, plan) {
         if stop.load(Ordering::Relaxed) {
@@ -108,8 +110,9 @@ pub fn learn(
         let whole = !inputs.is_empty() && shape[0] % inputs.len() == 0;
         let Some(moments) = moments(inputs)?.filter(|m| whole && m.dims().get(1) == Some(&shape[1])) else { continue };
         let importance = inputs.first().filter(|_| inputs.len() == 1).map(Input::mean_squares);
-        let start =
-            quantize(tensor, layout, plan.settings.weights, Seen { importance: importance.as_deref(), inputs }, &[])?;
+        let costs = costs.get(name).map(Vec::as_slice);
+        let seen = Seen { importance: importance.as_deref(), inputs, costs };
+        let start = quantize(tensor, layout, plan.settings.weights, seen, &[])?;
         let mut codes = match layout {
             Layout::Rows => start.codes.clone(),
             Layout::Columns => transpose(&start.codes, shape[1], shape[0]),

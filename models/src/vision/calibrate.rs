@@ -255,7 +255,7 @@ pub fn calibrate(
     let channels = layer_inputs(model, plan, options.correct_bias)?;
     let tensors = whole(plan, &channels, options);
     let windows = match feedback(plan) {
-        true => windows(&Graph::new(model.graph())?, plan, options.correct_bias),
+        true => windows(&Graph::new(model.graph())?, plan, options.correct_bias)?,
         false => Vec::new(),
     };
     let seen = observe(model, Wanted { tensors, channels, windows }, data, histogram, options, progress)?;
@@ -308,7 +308,10 @@ fn finish(seen: Seen, plan: &Plan, options: &CalibrateOptions) -> Result<Calibra
         calibration.ranges.insert(name.clone(), options.observer.range(&name, &statistics, grid)?);
     }
     for windows in seen.windows {
-        calibration.windows.insert(windows.weight.clone(), Arc::new(windows.seen()));
+        let weight = windows.weight.clone();
+        let (seen, means) = windows.seen();
+        calibration.row_means.extend(means.map(|means| (weight.clone(), means)));
+        calibration.windows.insert(weight, Arc::new(seen));
     }
     for (name, channels) in seen.channels {
         if options.correct_bias {

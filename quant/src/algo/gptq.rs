@@ -17,11 +17,14 @@ use std::sync::Arc;
 /// What is added to the diagonal of H, as a share of its mean: the texts that a model meets differ from the one that it
 /// was calibrated on, and more damping trusts that one less. See benches/QUALITY.md.
 pub(super) const DAMPING: f32 = 0.2;
+/// The same under one scale for a whole tensor: its small channels have few codes, and much to make up for. See
+/// benches/RESCUE.md.
+const DAMPING_UNDER_ONE_SCALE: f32 = 0.05;
 
 /// Quantizes by search, then chooses codes again; without a Gram matrix, and where it has no factor, the search stands.
 pub(super) fn quantize(input: &AlgoInput) -> Result<QTensor> {
     let tensor = rows::quantize(input, Method::Search)?;
-    match factor(input) {
+    match factor(input, DAMPING) {
         Some((_, feedback)) => Ok(recode(input, tensor, &feedback)),
         None => Ok(tensor),
     }
@@ -30,7 +33,7 @@ pub(super) fn quantize(input: &AlgoInput) -> Result<QTensor> {
 /// The same, and then [`descent`].
 pub(super) fn quantize_and_descend(input: &AlgoInput) -> Result<QTensor> {
     let tensor = rows::quantize(input, Method::Search)?;
-    let Some((calibrated, feedback)) = factor(input) else { return Ok(tensor) };
+    let Some((calibrated, feedback)) = factor(input, DAMPING) else { return Ok(tensor) };
     let tensor = recode(input, tensor, &feedback);
     match calibrated.damped(&feedback) {
         Some(h) => Ok(descent::refine(input, tensor, &h)),
@@ -39,7 +42,7 @@ pub(super) fn quantize_and_descend(input: &AlgoInput) -> Result<QTensor> {
 }
 
 /// As [`super::under_scale`] has it.
-pub(super) fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, f64)> {
+pub(super) fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, Vec<f64>)> {
     let mut tensor = rows::quantize(input, Method::Plain)?;
     let one = matches!(&tensor.scales, ScaleData::Float(scales) if scales.len() == 1);
     if input.spec.granularity != Granularity::Tensor || !one {
@@ -50,9 +53,9 @@ pub(super) fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, f64
     for (code, &w) in tensor.codes.iter_mut().zip(input.weight) {
         *code = nearest(&rule, w, scale, 0.0, zero).0;
     }
-    let Some((calibrated, feedback)) = factor(input) else {
-        let error = error(input, &tensor, None);
-        return Ok((tensor, error));
+    let Some((calibrated, feedback)) = factor(input, DAMPING_UNDER_ONE_SCALE) else {
+        let errors = errors(input, &tensor, None);
+        return Ok((tensor, errors));
     };
     let tensor = recode(input, tensor, &feedback);
     let h = calibrated.damped(&feedback);
@@ -60,12 +63,12 @@ pub(super) fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, f64
         Some(h) => descent::refine(input, tensor, h),
         None => tensor,
     };
-    let error = error(input, &tensor, h.as_ref());
-    Ok((tensor, error))
+    let errors = errors(input, &tensor, h.as_ref());
+    Ok((tensor, errors))
 }
 
-/// tr(D H D^T); H is the identity if there is none.
-fn error(input: &AlgoInput, tensor: &QTensor, h: Option<&Dense>) -> f64 {
+/// d H d^T of each row; H is the identity if there is none.
+fn errors(input: &AlgoInput, tensor: &QTensor, h: Option<&Dense>) -> Vec<f64> {
     let k = input.shape[1].max(1);
     let d: Vec<f32> = input.weight.iter().zip(tensor.dequantize()).map(|(w, q)| w - q).collect();
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
@@ -73,12 +76,12 @@ fn error(input: &AlgoInput, tensor: &QTensor, h: Option<&Dense>) -> f64 {
         Some(h) => (0..k).map(|j| f64::from(d[j]) * dot(&h.row(j)[..k], d)).sum(),
         None => dot(d, d),
     };
-    d.chunks_exact(k).map(row).sum()
+    d.chunks_exact(k).map(row).collect()
 }
 
-fn factor<'a>(input: &AlgoInput<'a>) -> Option<(&'a Input, Arc<Feedback>)> {
+fn factor<'a>(input: &AlgoInput<'a>, damping: f32) -> Option<(&'a Input, Arc<Feedback>)> {
     let calibrated = input.calibrated.filter(|c| c.width() == input.shape[1])?;
-    Some((calibrated, calibrated.feedback(DAMPING)?))
+    Some((calibrated, calibrated.feedback(damping)?))
 }
 
 /// Codes chosen again under a tensor's numbers.

@@ -16,6 +16,7 @@ mod layers;
 mod weight_only;
 
 use super::edit::Edit;
+use super::equalize;
 use super::graph::fresh;
 use super::opset;
 use super::plan::{Mode, Packing, Plan};
@@ -47,8 +48,11 @@ pub struct Calibration {
     pub means: BTreeMap<String, Vec<f64>>,
     /// Products of the channels of layers' inputs with each other, by tensor, for algorithms that make use of them.
     pub inputs: BTreeMap<String, Arc<Input>>,
-    /// The same of windows of convolutions that read more than single channels, one a group, by weight.
+    /// The same of windows of convolutions, one a group or one an output channel, by weight.
     pub windows: BTreeMap<String, Arc<Vec<Input>>>,
+    /// (n, k) means of what each value of a weight multiplies, by weight, where they aren't the same for all output
+    /// channels.
+    pub row_means: BTreeMap<String, Vec<f64>>,
     /// Weights that are in integers already, by tensor: rounding that was learned.
     pub weights: BTreeMap<String, Weight>,
 }
@@ -57,11 +61,9 @@ impl Calibration {
     /// What was seen of the rows that a layer's weight multiplies, one a group of channels; nothing where products with
     /// each other weren't kept.
     pub fn inputs_of(&self, graph: &Graph, node: &NodeProto) -> &[Input] {
-        match reads_channels(graph, node) {
-            true => self.inputs.get(node.arg(0)).map(|input| std::slice::from_ref(input.as_ref())),
-            false => self.windows.get(node.arg(1)).map(|inputs| inputs.as_slice()),
-        }
-        .unwrap_or_default()
+        let windows = self.windows.get(node.arg(1)).map(|inputs| inputs.as_slice());
+        let channels = || self.inputs.get(node.arg(0)).filter(|_| reads_channels(graph, node));
+        windows.or_else(|| channels().map(|input| std::slice::from_ref(input.as_ref()))).unwrap_or_default()
     }
 }
 
@@ -78,6 +80,8 @@ struct Writer<'a> {
     params: BTreeMap<String, QParams>,
     /// For tensors in two terms, the dequantized second one.
     rests: BTreeMap<String, String>,
+    /// By weight, what an error of each of its output channels costs: where one scale has to do for all of them.
+    costs: BTreeMap<String, Vec<f64>>,
     /// Names of the smallest and largest code in use, once written: where activations don't use all of their type.
     code_limits: Option<[String; 2]>,
 }
@@ -112,6 +116,7 @@ pub fn edits(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<(V
         Mode::WeightOnly { form, .. } => form == Packing::MatMulNBits,
     };
     let mut writer = Writer {
+        costs: equalize::layers::costs(&graph, plan.settings.weights)?,
         names: graph.names(),
         graph,
         plan,

@@ -88,6 +88,8 @@ pub struct Seen<'a> {
     pub importance: Option<&'a [f32]>,
     /// Products with each other of what they are multiplied by, one a group of channels.
     pub inputs: &'a [Input],
+    /// (channels) what an error of each output costs beside those of others, where that is known.
+    pub costs: Option<&'a [f64]>,
 }
 
 /// Whether each value of an output channel meets one input channel: a linear layer, or a Conv of 1 x 1.
@@ -107,7 +109,7 @@ pub(super) fn codes(
     name: &str,
     seen: Seen,
 ) -> Result<QTensor> {
-    let Seen { importance, inputs } = seen;
+    let Seen { importance, inputs, .. } = seen;
     let calibrated = if let [one] = inputs { Some(one) } else { None };
     let input = AlgoInput { name: tensor.name(), weight, shape, spec, importance, calibrated, seed: 0 };
     (algorithm(name)?.run)(&input)
@@ -129,7 +131,7 @@ pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen,
         outliers: OutlierSpec::None,
     };
     let (unsigned, mut scales) = match algorithm(name)?.gram && grouped::concerns(seen.inputs, &spec) {
-        true => grouped::quantize(tensor, (sides, &values), &spec, name, seen.inputs)?,
+        true => grouped::quantize(tensor, (sides, &values), &spec, name, seen)?,
         false => {
             let quantized = codes(tensor, (sides, &values), &spec, name, seen)?;
             let ScaleData::Float(scales) = quantized.scales else {

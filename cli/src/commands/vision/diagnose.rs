@@ -61,6 +61,8 @@ impl Run for Diagnose {
     fn run(self, session: &Session) -> Result<()> {
         self.findings.check()?;
         self.threads.set_for_conversion()?;
+        // Every run frees tensors of the sizes that the next one wants.
+        nibble_kernels::keep_freed_memory();
         let threads = self.threads.count();
         if self.recipe.settings()?.mode != Mode::Static {
             return Err(Usage("--mode: static quantization alone can be diagnosed".into()).into());

@@ -19,9 +19,9 @@ use nibble_quant::onnx::branch::{Rest, in_float, in_integers, rest, rounded};
 use nibble_quant::onnx::isolate::{activations_alone, weights_alone};
 use nibble_quant::onnx::{Edit, Graph, Model, Selector, Settings, apply};
 use prost::Message;
-use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Scores of the whole and of the layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,7 +99,13 @@ struct Side {
 }
 
 impl Side {
-    fn new(model: &Model, branches: Vec<(Vec<Edit>, Probe)>, outputs: &[String], threads: usize) -> Result<Side> {
+    /// For so many samples at a time.
+    fn new(
+        model: &Model,
+        branches: Vec<(Vec<Edit>, Probe)>,
+        outputs: &[String],
+        [threads, samples]: [usize; 2],
+    ) -> Result<Side> {
         let mut all = model.clone();
         let (edits, probes): (Vec<_>, Vec<_>) = branches.into_iter().unzip();
         apply(all.graph_mut(), edits.into_iter().flatten().collect())?;
@@ -110,7 +116,8 @@ impl Side {
             kept.extend(needed.filter(|name| !given.contains(name.as_str())).cloned());
         }
         let kept: Vec<String> = kept.into_iter().collect();
-        Ok(Side { runner: Rten::packed(&all, &kept, threads)?, outputs: outputs.to_vec(), kept, probes })
+        let runner = Rten::packed(&all, &kept, threads)?.side_by_side(samples);
+        Ok(Side { runner, outputs: outputs.to_vec(), kept, probes })
     }
 
     /// The outputs, and a tally a probe against `exact` (this model's own outputs if none are given).
@@ -136,16 +143,16 @@ impl Side {
             let mut feeds = Vec::with_capacity(replaced.len() + rest.feeds.len());
             let mut changed: BTreeMap<&str, &Tensor> = BTreeMap::new();
             for [from, by] in replaced {
-                feeds.push((from.clone(), get(by)?.clone()));
+                feeds.push((from.as_str(), get(by)?));
                 // It may be an output of the graph itself.
                 changed.insert(from, get(by)?);
             }
             for name in &rest.feeds {
-                feeds.push((name.clone(), get(name)?.clone()));
+                feeds.push((name.as_str(), get(name)?));
             }
             let wanted: Vec<String> =
                 rest.outputs.iter().filter(|name| !changed.contains_key(name.as_str())).cloned().collect();
-            let made = if wanted.is_empty() { Vec::new() } else { self.runner.run(&feeds, &wanted)? };
+            let made = if wanted.is_empty() { Vec::new() } else { self.runner.run_borrowed(&feeds, &wanted)? };
             changed.extend(wanted.iter().map(String::as_str).zip(&made));
             let found: Vec<&Tensor> =
                 own.iter().map(|(name, tensor)| changed.get(name.as_str()).copied().unwrap_or(tensor)).collect();
@@ -182,7 +189,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(prepared: &Prepared, quantized: &Model, units: &[Vec<Layer>], threads: usize) -> Result<Bench> {
+    fn new(prepared: &Prepared, quantized: &Model, units: &[Vec<Layer>], many: [usize; 2]) -> Result<Bench> {
         let Prepared { model, folded, plan, calibration, .. } = prepared;
         let outputs: Vec<String> = model.graph().output.iter().map(|o| o.name().to_owned()).collect();
         let (graph, after) = (Graph::new(model.graph())?, Graph::new(quantized.graph())?);
@@ -199,9 +206,9 @@ impl Bench {
         let alone = [weights_alone(model, quantized, plan)?, activations_alone(model, quantized, plan)?];
         let [weights, activations] = alone;
         Ok(Bench {
-            float: Side::new(model, integers, &outputs, threads)?,
-            quantized: Side::new(quantized, floats, &outputs, threads)?,
-            alone: [Rten::new(&weights, &outputs, threads)?, Rten::new(&activations, &outputs, threads)?],
+            float: Side::new(model, integers, &outputs, many)?,
+            quantized: Side::new(quantized, floats, &outputs, many)?,
+            alone: [Rten::new(&weights, &outputs, many[0])?, Rten::new(&activations, &outputs, many[0])?],
             outputs,
         })
     }
@@ -241,8 +248,10 @@ fn name(sample: &Sample, label: Option<usize>) -> String {
     digest(&[&bytes])
 }
 
-/// Calls `work` on samples, as many at a time as there are threads, in their order. `made` makes something of a sample
-/// and its number.
+/// How many samples [`in_batches`] hands on for each thread: one may take longer than another.
+const WAITING: usize = 4;
+
+/// Calls `work` on samples, a few for each thread, in their order. `made` makes something of a sample and its number.
 fn in_batches<T>(
     data: &Data,
     threads: usize,
@@ -257,13 +266,37 @@ fn in_batches<T>(
         }
         batch.push(made(sample, count)?);
         count += 1;
-        if batch.len() == threads.max(1) {
+        if batch.len() == WAITING * threads.max(1) {
             work(std::mem::take(&mut batch))?;
         }
         Ok(true)
     })?;
     work(batch)?;
     Ok(count)
+}
+
+/// What `work` makes of each item, in their order, on so many threads. After an error none begins another one.
+fn on_threads<T: Sync, R: Send>(items: &[T], threads: usize, work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
+    let next = AtomicUsize::new(0);
+    let take = || {
+        let mut made = Vec::new();
+        while let Some((index, item)) =
+            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, items.get(i)?)))
+        {
+            made.push((index, work(item)));
+            if made.last().is_some_and(|(_, result)| result.is_err()) {
+                next.store(items.len(), Ordering::Relaxed);
+            }
+        }
+        made
+    };
+    let mut all = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.clamp(1, items.len().max(1))).map(|_| scope.spawn(take)).collect();
+        let made = threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        made.flatten().collect::<Vec<_>>()
+    });
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, result)| result).collect()
 }
 
 /// Dimensions by tensor.
@@ -291,12 +324,11 @@ pub fn effects(
         let branch = in_integers(model, settings, folded, calibration, &[*id], &format!("only{index}:"))?;
         branches.push((branch.edits, Probe::new(&graph, vec![made], branch.makes)));
     }
-    let side = Side::new(model, branches, &outputs, threads)?;
+    let side = Side::new(model, branches, &outputs, [threads, data.count()? as usize])?;
     let mut sums = vec![Tally::default(); cases.len()];
     let mut dims = BTreeMap::new();
     in_batches(data, threads, stop, &|sample, _| Ok(sample), &mut |batch: Vec<Sample>| {
-        let found =
-            batch.par_iter().map(|sample| side.run(sample, None, None, progress)).collect::<Result<Vec<_>>>()?;
+        let found = on_threads(&batch, threads, |sample| side.run(sample, None, None, progress))?;
         for Ran { tallies, shapes, .. } in found {
             sums.iter_mut().zip(&tallies).for_each(|(sum, tally)| sum.add(tally));
             dims = shapes;
@@ -320,11 +352,13 @@ pub fn sensitivity(
     let &SensitivityOptions { labels, threads, stop, .. } = options;
     let units = options.units(prepared)?;
     let quantized = prepared.quantize()?;
-    let bench = Bench::new(prepared, &quantized, &units, threads)?;
+    let bench = Bench::new(prepared, &quantized, &units, [threads, data.count()? as usize])?;
     let cases = 3 + 2 * units.len();
     let named: Vec<Vec<&str>> = units.iter().map(|unit| unit.iter().map(|l| l.node.as_str()).collect()).collect();
     let models = [prepared.model.proto.encode_to_vec(), quantized.proto.encode_to_vec()];
     state.begin(&digest(&[&models[0], &models[1], format!("{named:?}").as_bytes()]))?;
+    let state = Mutex::new(state);
+    let held = || state.lock().unwrap_or_else(PoisonError::into_inner);
     let mut sums = vec![Tally::default(); cases];
     let labelled = |sample: Sample, index: usize| {
         let label = labels.map(|labels| {
@@ -338,18 +372,25 @@ pub fn sensitivity(
         Ok((sample, label, name))
     };
     let samples = in_batches(data, threads, stop, &labelled, &mut |batch: Vec<(Sample, Option<usize>, String)>| {
-        let one = |(sample, label, name): &(Sample, Option<usize>, String)| match state.get(name, cases) {
-            Some(known) => {
+        let one = |(sample, label, name): &(Sample, Option<usize>, String)| {
+            let known = held().get(name, cases).cloned();
+            if let Some(known) = known {
                 (0..steps(units.len())).for_each(|_| progress());
-                Ok(known.clone())
+                return Ok(known);
             }
-            None => bench.run(sample, *label, progress),
+            if stop.load(Ordering::Relaxed) {
+                return Err(nibble_quant::QuantError::Stopped.into());
+            }
+            let found = bench.run(sample, *label, progress)?;
+            // At once, so that no sample's work is lost with another's.
+            held().keep(vec![(name.clone(), found.clone())])?;
+            Ok(found)
         };
-        let found = batch.par_iter().map(one).collect::<Result<Vec<_>>>()?;
+        let found = on_threads(&batch, threads, one)?;
         for tallies in &found {
             sums.iter_mut().zip(tallies).for_each(|(sum, tally)| sum.add(tally));
         }
-        state.keep(batch.into_iter().map(|(_, _, name)| name).zip(found).collect())
+        Ok(())
     })?;
     let both = sums[2];
     let sources = Sources {

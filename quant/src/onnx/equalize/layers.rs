@@ -11,6 +11,7 @@
 use super::sites::{self, Site};
 use super::{ChannelStatistics, edits, read, weight};
 use crate::error::Result;
+use crate::onnx::weights::Rounding;
 use crate::onnx::{Graph, Model, apply};
 use std::collections::BTreeMap;
 
@@ -59,6 +60,39 @@ pub fn equalize_layers(model: &mut Model, seen: &BTreeMap<String, ChannelStatist
         }
     }
     Ok(whole.iter().filter(|f| f.iter().any(|f| (f - 1.0).abs() > LEAST)).count())
+}
+
+/// What an error of each output channel costs where it is read, by weight: the sum of the squares of what it is multiplied
+/// by. Nothing where each channel has a scale of its own, to which the others are nothing.
+///
+/// # Errors
+/// As [`equalize_layers`].
+pub fn costs(graph: &Graph, how: Rounding) -> Result<BTreeMap<String, Vec<f64>>> {
+    let mut found = BTreeMap::new();
+    if how.per_channel {
+        return Ok(found);
+    }
+    // Backwards, so that what a reader's own outputs cost is known before.
+    for site in sites::through_clips(graph).iter().rev() {
+        let mut energy = vec![0.0; site.channels];
+        for consumer in &site.consumers {
+            let (tensor, values) = weight(graph, consumer.weight())?;
+            let further: Option<&Vec<f64>> = found.get(consumer.weight());
+            for (index, &w) in values.iter().enumerate() {
+                let (output, channel) = consumer.place(tensor, index);
+                let cost = further.and_then(|costs| costs.get(output)).copied().unwrap_or(1.0);
+                energy[channel] += f64::from(w) * f64::from(w) * cost;
+            }
+        }
+        let mean = energy.iter().sum::<f64>() / site.channels.max(1) as f64;
+        if mean > 0.0 {
+            energy.iter_mut().for_each(|e| *e /= mean);
+            for (name, _) in site.producers.iter().filter_map(|p| p.matrix()) {
+                found.insert(name.to_owned(), energy.clone());
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// How little and how much a channel may be divided by in all; none if its tensors weren't seen.

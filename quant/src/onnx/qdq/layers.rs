@@ -97,9 +97,10 @@ impl Writer<'_> {
         let weight = self.weight(id, Layout::Columns, 1, &[], written)?;
         let values = self.corrected(id, Layout::Columns, &weight, Some(values))?.unwrap_or_default();
         // ONNX Runtime makes a MatMul and an Add of a vector one float Gemm, and the integers are lost. It doesn't where
-        // the bias has as many dimensions as the product.
-        let name = self.name(&format!("{name}_{rank}d"));
-        let dims = [vec![1; rank.saturating_sub(1)], vec![n]].concat();
+        // the bias has as many dimensions as the product, nor where the sum of two products is before it: then a vector is
+        // better, as it joins that with a GELU after it.
+        let dims = if fine { vec![n] } else { [vec![1; rank.saturating_sub(1)], vec![n]].concat() };
+        let name = self.name(&format!("{name}_{}d", dims.len()));
         let to = self.initializer(from_f32(&name, &dims, &values));
         self.edits.push(Edit::Input { node: add, slot, to });
         if fine { self.second_term(id) } else { Ok(()) }
@@ -176,6 +177,7 @@ impl Writer<'_> {
             return Ok(bias);
         };
         let ([n, k], exact) = rows(tensor, layout)?;
+        let own = self.calibration.row_means.get(tensor.name()).filter(|own| own.len() == n * k);
         let codes = match layout {
             Layout::Rows => quantized.codes.clone(),
             Layout::Columns => transpose(&quantized.codes, k, n),
@@ -192,7 +194,8 @@ impl Writer<'_> {
             let missing: f64 = (0..k)
                 .map(|j| {
                     let rounded = f64::from(codes[row * k + j]) * f64::from(quantized.scale(row));
-                    (f64::from(exact[row * k + j]) - rounded) * means[first + j / taps]
+                    let mean = own.map_or_else(|| means[first + j / taps], |own| own[row * k + j]);
+                    (f64::from(exact[row * k + j]) - rounded) * mean
                 })
                 .sum();
             *value = (f64::from(*value) + missing) as f32;
@@ -235,7 +238,11 @@ impl Writer<'_> {
             return Ok(known.clone());
         }
         let importance = self.importance(node, tensor);
-        let seen = Seen { importance: importance.as_deref(), inputs: self.calibration.inputs_of(&self.graph, node) };
+        let seen = Seen {
+            importance: importance.as_deref(),
+            inputs: self.calibration.inputs_of(&self.graph, node),
+            costs: self.costs.get(tensor.name()).map(Vec::as_slice),
+        };
         quantize(tensor, layout, self.plan.settings.weights, seen, least)
     }
 

@@ -1,9 +1,10 @@
 //! Rounding by what inputs show, where that is more than one matrix for a whole weight, or one scale for all of it.
 //!
-//! A convolution of several groups has an input a group. A weight with one scale has its scale chosen by the errors of
-//! the outputs: those of codes that make up for each other, under several scales.
+//! A convolution of several groups has an input a group, one whose outputs are cut off has one an output channel. A weight
+//! with one scale has its scale chosen by the errors of the outputs, each as it costs those who read it: those of codes that
+//! make up for each other, under several scales.
 
-use super::{AlgoInput, TensorProto};
+use super::{AlgoInput, Seen, TensorProto};
 use crate::algo::{algorithm, under_scale};
 use crate::error::Result;
 use crate::onnx::tensor::tensor_error;
@@ -11,7 +12,7 @@ use crate::stats::Input;
 use crate::{Granularity, QuantSpec, ScaleData};
 
 /// Scales that are tried, as shares of the one that just holds the largest value.
-const SHARES: [f32; 9] = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2];
+const SHARES: [f32; 14] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2];
 /// Products of an error that are tried for, at most: in larger weights hardly any value is near the largest.
 const TRIED: usize = 1 << 24;
 
@@ -26,7 +27,7 @@ pub(super) fn quantize(
     ([n, k], values): ([usize; 2], &[f32]),
     spec: &QuantSpec,
     name: &str,
-    inputs: &[Input],
+    Seen { inputs, costs, .. }: Seen,
 ) -> Result<(Vec<u8>, Vec<f32>)> {
     let groups = inputs.len();
     if groups == 0 || n % groups != 0 {
@@ -73,9 +74,10 @@ pub(super) fn quantize(
         let mut total = 0.0;
         codes.clear();
         for g in 0..groups {
-            let (quantized, error) = under_scale(&input(g), scale)?;
+            let (quantized, errors) = under_scale(&input(g), scale)?;
             codes.extend_from_slice(&quantized.codes);
-            total += error;
+            let cost = |row: usize| costs.and_then(|c| c.get(g * rows + row)).copied().unwrap_or(1.0);
+            total += errors.iter().enumerate().map(|(row, error)| error * cost(row)).sum::<f64>();
         }
         if best.as_ref().is_none_or(|(least, ..)| total < *least) {
             best = Some((total, codes.clone(), scale));
