@@ -188,6 +188,34 @@ fn any_number_of_threads_gives_the_same_bytes() {
 }
 
 #[test]
+fn what_is_centred_is_what_deviations_give() {
+    let x = activations(400, 6);
+    // Rows of zeros count, and have no part in the mean.
+    let (rows, zeros) = (400.0, vec![0f32; 100 * K]);
+    let mean: Vec<f64> =
+        (0..K).map(|j| x.iter().skip(j).step_by(K).map(|&v| f64::from(v)).sum::<f64>() / rows).collect();
+    let deviations: Vec<f32> = x.iter().enumerate().map(|(i, v)| (f64::from(*v) - mean[i % K]) as f32).collect();
+    let of = |x: &[f32]| {
+        let mut input = Input::new(K, true);
+        input.observe("x", x).unwrap();
+        input.observe("x", &zeros).unwrap();
+        input
+    };
+    let (mut centred, wanted, raw) = (of(&x), of(&deviations), of(&x));
+    centred.centre(&mean, rows);
+    assert_eq!(centred.rows(), 500);
+    for a in 0..K {
+        let (one, two) = (centred.mean_squares()[a], wanted.mean_squares()[a]);
+        assert!((one - two).abs() <= 1e-5 * raw.mean_squares()[a], "{a}: {one}, {two}");
+        for b in 0..K {
+            let (one, two) = (centred.gram().unwrap().get(a, b), wanted.gram().unwrap().get(a, b));
+            let size = (raw.mean_squares()[a] * raw.mean_squares()[b]).sqrt() * 500.0;
+            assert!((one - two).abs() <= 1e-5 * size, "{a}, {b}: {one}, {two}");
+        }
+    }
+}
+
+#[test]
 fn merged_halves_are_the_whole() {
     let x = activations(600, 5);
     let of = |x: &[f32]| {

@@ -9,6 +9,7 @@ use nibble_models::vision::calibrate::equalize_weights;
 use nibble_models::vision::data::Data;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare};
 use nibble_quant::onnx::equalize::absorb::{self, Moments, absorb};
+use nibble_quant::onnx::equalize::layers::costs;
 use nibble_quant::onnx::tensor::{floats, from_f32};
 use nibble_quant::onnx::weights::Rounding;
 use nibble_quant::onnx::{External, Graph, Model, Settings};
@@ -147,6 +148,65 @@ fn convolutions_are_rounded_by_what_their_windows_have_in_common() {
         // With one scale most is lost to the range of the largest channel, whatever codes are chosen.
         let margin = if per_channel { 2.0 } else { 0.2 };
         assert!(found[1] > found[0] + margin, "a scale a channel: {per_channel}, {found:?} dB");
+    }
+}
+
+#[test]
+fn outputs_beyond_a_relu6_hardly_count() {
+    let place = tempfile::tempdir().unwrap();
+    let mut float = uneven();
+    for tensor in &mut float.graph_mut().initializer {
+        let dims: Vec<usize> = tensor.dims.iter().map(|&d| d as usize).collect();
+        // Channel 3 is always above 6, the others lie between the ends.
+        if tensor.name() == "b1" {
+            let bias: Vec<f32> = (0..16).map(|c| if c == 3 { 60.0 } else { 3.0 }).collect();
+            *tensor = from_f32("b1", &dims, &bias);
+        }
+        if tensor.name() == "w1" {
+            let values: Vec<f32> = floats(tensor).unwrap().iter().map(|v| v / 30.0).collect();
+            *tensor = from_f32("w1", &dims, &values);
+        }
+    }
+    let file = smooth(&float, 8, place.path());
+    let mut settings = Settings::default();
+    settings.weights.algorithm = "gptq";
+    let prepared = made(&float, &file, &settings, Equalize::Nothing);
+    let (seen, means) = (&prepared.calibration.windows["w1"], &prepared.calibration.row_means["w1"]);
+    assert_eq!((seen.len(), means.len()), (16, 16 * 27));
+    let [within, beyond] = [0, 3].map(|c| seen[c].mean_squares());
+    assert!(within.iter().all(|&m| m > 0.0));
+    for (a, b) in within.iter().zip(&beyond) {
+        assert!((b / a - 0.05).abs() < 1e-3, "{a} within, {b} beyond");
+    }
+    // The rows are the same for all, and so are their means, however much they count.
+    for (j, mean) in means.iter().enumerate() {
+        assert!((mean - means[j % 27]).abs() < 1e-5, "{j}");
+    }
+    // The last convolution before the sum has nothing that cuts it off, and one matrix for all channels.
+    assert_eq!(prepared.calibration.windows["w3"].len(), 1);
+    assert!(!prepared.calibration.row_means.contains_key("w3"));
+}
+
+#[test]
+fn an_output_costs_what_its_readers_make_of_it() {
+    let mut model = uneven();
+    fold_model(&mut model, 1).unwrap();
+    let graph = Graph::new(model.graph()).unwrap();
+    let mut how = Settings::default().weights;
+    assert!(costs(&graph, how).unwrap().is_empty(), "a scale a channel");
+    how.per_channel = false;
+    let found = costs(&graph, how).unwrap();
+    let values = floats(graph.constant("w3").unwrap()).unwrap();
+    // w3, (16, 16, 3, 3), reads what w2 makes.
+    let wanted: Vec<f64> = (0..16)
+        .map(|c| {
+            let taps = |o: usize| values[(o * 16 + c) * 9..][..9].iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
+            (0..16).map(|o| taps(o) * found["w3"][o]).sum()
+        })
+        .collect();
+    let mean = wanted.iter().sum::<f64>() / 16.0;
+    for (wanted, cost) in wanted.iter().zip(&found["w2"]) {
+        assert!((cost - wanted / mean).abs() < 1e-9 * cost, "{cost} and {}", wanted / mean);
     }
 }
 

@@ -408,3 +408,30 @@ pub fn sensitivity(
     let layers = units.into_iter().zip(&tallies).filter_map(row).collect();
     Ok(Sensitivity { samples, sources, layers, tallies })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_in_order_and_nothing_begins_after_an_error() {
+        let items: Vec<u64> = (0..40).collect();
+        for threads in [1, 3, 64] {
+            // Later ones are done sooner.
+            let slow = |&i: &u64| {
+                std::thread::sleep(std::time::Duration::from_micros(50 * (40 - i)));
+                Ok(2 * i)
+            };
+            let made = on_threads(&items, threads, slow).unwrap();
+            assert_eq!(made, items.iter().map(|i| 2 * i).collect::<Vec<_>>(), "{threads} threads");
+            let begun = AtomicUsize::new(0);
+            let fail = |_: &u64| {
+                begun.fetch_add(1, Ordering::Relaxed);
+                Err::<(), _>(nibble_quant::QuantError::Stopped.into())
+            };
+            assert!(on_threads(&items, threads, fail).is_err());
+            assert!(begun.into_inner() <= threads.min(items.len()), "{threads} threads");
+        }
+        assert!(on_threads(&items[..0], 2, |i| Ok(*i)).unwrap().is_empty());
+    }
+}

@@ -63,33 +63,41 @@ pub fn equalize_layers(model: &mut Model, seen: &BTreeMap<String, ChannelStatist
 }
 
 /// What an error of each output channel costs where it is read, by weight: the sum of the squares of what it is multiplied
-/// by. Nothing where each channel has a scale of its own, to which the others are nothing.
+/// by, each times what an error there costs. All costs of a weight have a mean of 1. Nothing where each channel has a scale
+/// of its own, to which the others are nothing.
 ///
 /// # Errors
 /// As [`equalize_layers`].
 pub fn costs(graph: &Graph, how: Rounding) -> Result<BTreeMap<String, Vec<f64>>> {
-    let mut found = BTreeMap::new();
+    let mut found: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     if how.per_channel {
         return Ok(found);
     }
-    // Backwards, so that what a reader's own outputs cost is known before.
-    for site in sites::through_clips(graph).iter().rev() {
-        let mut energy = vec![0.0; site.channels];
-        for consumer in &site.consumers {
+    let place = |weight: &str| graph.consumers(weight).first().map(|&(id, _)| id);
+    let sites = sites::through_clips(graph);
+    let mut makers = Vec::new();
+    for site in &sites {
+        let weights = site.producers.iter().filter_map(|p| p.matrix());
+        makers.extend(weights.map(|(weight, _)| (place(weight), weight, site)));
+    }
+    // Backwards, so that what an error at a reader costs is known.
+    makers.sort_by(|a, b| b.0.cmp(&a.0));
+    for (id, name, site) in makers {
+        let mut costs = vec![0.0; site.channels];
+        // Of a sum, those read it who come after this part of it.
+        for consumer in site.consumers.iter().filter(|c| place(c.weight()) > id) {
             let (tensor, values) = weight(graph, consumer.weight())?;
-            let further: Option<&Vec<f64>> = found.get(consumer.weight());
+            let further = found.get(consumer.weight());
             for (index, &w) in values.iter().enumerate() {
                 let (output, channel) = consumer.place(tensor, index);
                 let cost = further.and_then(|costs| costs.get(output)).copied().unwrap_or(1.0);
-                energy[channel] += f64::from(w) * f64::from(w) * cost;
+                costs[channel] += f64::from(w) * f64::from(w) * cost;
             }
         }
-        let mean = energy.iter().sum::<f64>() / site.channels.max(1) as f64;
+        let mean = costs.iter().sum::<f64>() / site.channels.max(1) as f64;
         if mean > 0.0 {
-            energy.iter_mut().for_each(|e| *e /= mean);
-            for (name, _) in site.producers.iter().filter_map(|p| p.matrix()) {
-                found.insert(name.to_owned(), energy.clone());
-            }
+            costs.iter_mut().for_each(|cost| *cost /= mean);
+            found.insert(name.to_owned(), costs);
         }
     }
     Ok(found)

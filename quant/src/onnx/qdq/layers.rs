@@ -97,10 +97,10 @@ impl Writer<'_> {
         let weight = self.weight(id, Layout::Columns, 1, &[], written)?;
         let values = self.corrected(id, Layout::Columns, &weight, Some(values))?.unwrap_or_default();
         // ONNX Runtime makes a MatMul and an Add of a vector one float Gemm, and the integers are lost. It doesn't where
-        // the bias has as many dimensions as the product, nor where the sum of two products is before it: then a vector is
-        // better, as it joins that with a GELU after it.
-        let dims = if fine { vec![n] } else { [vec![1; rank.saturating_sub(1)], vec![n]].concat() };
-        let name = self.name(&format!("{name}_{}d", dims.len()));
+        // the bias has as many dimensions as the product. (A sum of two products needs none for that, but joined with a GELU a
+        // vector is slower than by itself.)
+        let name = self.name(&format!("{name}_{rank}d"));
+        let dims = [vec![1; rank.saturating_sub(1)], vec![n]].concat();
         let to = self.initializer(from_f32(&name, &dims, &values));
         self.edits.push(Edit::Input { node: add, slot, to });
         if fine { self.second_term(id) } else { Ok(()) }
