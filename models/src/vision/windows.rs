@@ -72,7 +72,8 @@ impl Cut {
         for row in rows.chunks_exact(k) {
             let y = self.bias[channel] + row.iter().zip(weight).map(|(x, w)| x * w).sum::<f32>();
             let by = if y > self.ends.lo && y < self.ends.hi { 1.0 } else { BEYOND };
-            kept.extend(row.iter().map(|x| x * by.sqrt()));
+            let share = by.sqrt();
+            kept.extend(row.iter().map(|x| x * share));
             sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x * by));
             self.counts[channel] += f64::from(by);
         }

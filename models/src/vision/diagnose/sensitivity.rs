@@ -280,15 +280,15 @@ fn on_threads<T: Sync, R: Send>(items: &[T], threads: usize, work: impl Fn(&T) -
     let next = AtomicUsize::new(0);
     let take = || {
         let mut made = Vec::new();
-        while let Some((index, item)) =
-            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, items.get(i)?)))
-        {
-            made.push((index, work(item)));
-            if made.last().is_some_and(|(_, result)| result.is_err()) {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return made };
+            let result = work(item);
+            if result.is_err() {
                 next.store(items.len(), Ordering::Relaxed);
             }
+            made.push((index, result));
         }
-        made
     };
     let mut all = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..threads.clamp(1, items.len().max(1))).map(|_| scope.spawn(take)).collect();

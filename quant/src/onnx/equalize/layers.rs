@@ -81,7 +81,7 @@ pub fn costs(graph: &Graph, how: Rounding) -> Result<BTreeMap<String, Vec<f64>>>
         makers.extend(weights.map(|(weight, _)| (place(weight), weight, site)));
     }
     // Backwards, so that what an error at a reader costs is known.
-    makers.sort_by(|a, b| b.0.cmp(&a.0));
+    makers.sort_by_key(|(id, ..)| std::cmp::Reverse(*id));
     for (id, name, site) in makers {
         let mut costs = vec![0.0; site.channels];
         // Of a sum, those read it who come after this part of it.
