@@ -66,8 +66,8 @@ mixed_vit() {
     local db share judge="$WORK/vit-judge.npy"
     for db in 32 34 36; do quantize "goal: $db dB" "$@" --judge "$judge" --target-sqnr "$db"; done
     quantize "goal: 34 MB" "$@" --judge "$judge" --max-size 34
-    [ -z "${NIBBLE_ORT_LIBRARY:-}" ] || for share in 0.45 0.6; do
-        quantize "goal: $share of float's time" "$@" --judge "$judge" --max-latency "$share" --engine ort
+    [ -z "${NIBBLE_ORT_LIBRARY:-}" ] || for share in 0.55 0.65; do
+        quantize "goal: $share of the folded float model's time" "$@" --judge "$judge" --max-latency "$share" --engine ort
     done
 }
 
