@@ -19,8 +19,8 @@ photographs() (
         shift
         quantize "advanced PTQ" "$@"
         if [ "$kind" = cnn ]; then
-            quantize "advanced PTQ, per tensor" "$@" --per-tensor
-            quantize "mixed, agreement 99 %" "$@" --target-agreement 99
+            quantize "advanced PTQ, per tensor" "$@" --per-tensor --effort balanced
+            quantize "mixed, 26 dB" "$@" --target-sqnr 26
         else
             quantize "mixed, 34 dB" "$@" --target-sqnr 34
         fi

@@ -188,6 +188,27 @@ fn outputs_beyond_a_relu6_hardly_count() {
 }
 
 #[test]
+fn onnxruntime_leaves_layers_float_that_are_to_be_float() {
+    let place = tempfile::tempdir().unwrap();
+    let float = uneven();
+    let file = smooth(&float, 8, place.path());
+    let data = Data::open(&file, &inputs(&float), options()).unwrap();
+    // Integers before and after: rounded with one scale, its uneven channels would be lost.
+    let settings = Settings { exclude: vec!["weight:w2".parse().unwrap()], ..Settings::default() };
+    let prepared = made(&float, &file, &settings, Equalize::Nothing);
+    let quantized = prepared.quantize().unwrap();
+    assert!(quantized.graph().node.iter().any(|n| n.arg(1) == "w2"), "w2 isn't float");
+    let here = decibels(&logits(&prepared.model, &data), &logits(&quantized, &data));
+    let (a, b) = (place.path().join("a.onnx"), place.path().join("b.onnx"));
+    float.save(&a, External::Auto).unwrap();
+    quantized.save(&b, External::Auto).unwrap();
+    let words = ["compare", a.to_str().unwrap(), b.to_str().unwrap(), file.to_str().unwrap()];
+    let Some(compared) = onnxruntime(&words) else { return };
+    let there = 10.0 * (compared["signal"].as_f64().unwrap() / compared["noise"].as_f64().unwrap()).log10();
+    assert!((there - here).abs() < 1.0, "{there} dB in onnxruntime, {here} dB here");
+}
+
+#[test]
 fn an_output_costs_what_its_readers_make_of_it() {
     let mut model = uneven();
     fold_model(&mut model, 1).unwrap();

@@ -12,6 +12,7 @@
 
 mod activations;
 mod dynamic;
+mod kept_float;
 mod layers;
 mod weight_only;
 
@@ -19,7 +20,7 @@ use super::edit::Edit;
 use super::equalize;
 use super::graph::fresh;
 use super::opset;
-use super::plan::{Mode, Packing, Plan};
+use super::plan::{Mode, Packing, Plan, Target};
 use super::proto::*;
 use super::tensor::{from_16, from_f32, from_i8, from_i32, from_u8};
 use super::weights::{Weight, reads_channels};
@@ -98,6 +99,9 @@ pub fn quantize(model: &Model, plan: &Plan, calibration: &Calibration) -> Result
     }
     let (edits, foreign) = edits(&quantized, plan, calibration)?;
     super::apply(quantized.graph_mut(), edits)?;
+    if plan.settings.mode == Mode::Static && plan.settings.target == Target::OnnxRuntime {
+        kept_float::keep_float(&mut quantized, plan.settings.activation)?;
+    }
     if foreign {
         quantized.import(MICROSOFT, 1);
     }
