@@ -54,7 +54,7 @@ pub(super) fn keep_float(model: &mut Model, grid: IntGrid) -> Result<()> {
         };
         edits.push(Edit::Input { node: id, slot: 0, to });
     }
-    Ok(apply(model.graph_mut(), edits)?)
+    apply(model.graph_mut(), edits)
 }
 
 /// Whether a QuantizeLinear alone reads what a node makes, or the Relu or Clip after it.
