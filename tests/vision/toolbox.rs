@@ -70,6 +70,15 @@ fn decibels(exact: &[f32], found: &[f32]) -> f64 {
     10.0 * (signal / noise).log10()
 }
 
+/// Decibels of the second model's output against the first one's, in onnxruntime, if it is there.
+fn in_onnxruntime(models: [&Model; 2], samples: &Path, place: &Path) -> Option<f64> {
+    let files = ["a.onnx", "b.onnx"].map(|name| place.join(name));
+    models.iter().zip(&files).for_each(|(model, file)| model.save(file, External::Auto).unwrap());
+    let [a, b, samples] = [&files[0], &files[1], samples].map(|path| path.to_str().unwrap());
+    let compared = onnxruntime(&["compare", a, b, samples])?;
+    Some(10.0 * (compared["signal"].as_f64().unwrap() / compared["noise"].as_f64().unwrap()).log10())
+}
+
 fn made(float: &Model, file: &Path, settings: &Settings, equalize: Equalize) -> Prepared {
     let mut model = float.clone();
     let folded = fold_model(&mut model, 1).unwrap();
@@ -199,12 +208,7 @@ fn onnxruntime_leaves_layers_float_that_are_to_be_float() {
     let quantized = prepared.quantize().unwrap();
     assert!(quantized.graph().node.iter().any(|n| n.arg(1) == "w2"), "w2 isn't float");
     let here = decibels(&logits(&prepared.model, &data), &logits(&quantized, &data));
-    let (a, b) = (place.path().join("a.onnx"), place.path().join("b.onnx"));
-    float.save(&a, External::Auto).unwrap();
-    quantized.save(&b, External::Auto).unwrap();
-    let words = ["compare", a.to_str().unwrap(), b.to_str().unwrap(), file.to_str().unwrap()];
-    let Some(compared) = onnxruntime(&words) else { return };
-    let there = 10.0 * (compared["signal"].as_f64().unwrap() / compared["noise"].as_f64().unwrap()).log10();
+    let Some(there) = in_onnxruntime([&float, &quantized], &file, place.path()) else { return };
     assert!((there - here).abs() < 1.0, "{there} dB in onnxruntime, {here} dB here");
 }
 
@@ -263,12 +267,7 @@ fn learned_rounding_is_never_worse_than_what_it_starts_from_and_better_on_the_wh
         let mut again = made(&float, &file, &settings, Equalize::Nothing);
         learn(&mut again, Learning::default(), &STOP, &mut || ()).unwrap();
         assert!(again.quantize().unwrap().proto == quantized.proto, "{name}");
-        let (a, b) = (place.path().join("a.onnx"), place.path().join("b.onnx"));
-        float.save(&a, External::Auto).unwrap();
-        quantized.save(&b, External::Auto).unwrap();
-        let words = ["compare", a.to_str().unwrap(), b.to_str().unwrap(), file.to_str().unwrap()];
-        let Some(compared) = onnxruntime(&words) else { continue };
-        let found = 10.0 * (compared["signal"].as_f64().unwrap() / compared["noise"].as_f64().unwrap()).log10();
+        let Some(found) = in_onnxruntime([&float, &quantized], &file, place.path()) else { continue };
         assert!((found - better).abs() < 1.0, "{name}: {found} dB in onnxruntime, {better} dB here");
     }
 }

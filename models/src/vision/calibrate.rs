@@ -252,12 +252,21 @@ pub fn calibrate(
     progress: &mut dyn FnMut(),
 ) -> Result<Calibration> {
     let histogram = options.observer.observer.histogram;
-    let channels = layer_inputs(model, plan, options.correct_bias)?;
+    let mut channels = layer_inputs(model, plan, options.correct_bias)?;
     let tensors = whole(plan, &channels, options);
+    let graph = Graph::new(model.graph())?;
     let windows = match feedback(plan) {
-        true => windows(&Graph::new(model.graph())?, plan, options.correct_bias)?,
+        true => windows(&graph, plan, options.correct_bias)?,
         false => Vec::new(),
     };
+    // What windows show of a tensor isn't kept a second time.
+    let shown: BTreeSet<&str> = windows.iter().map(|w| w.weight.as_str()).collect();
+    for (name, channels) in &mut channels {
+        let mut readers = graph.consumers(name).iter().map(|&(id, _)| graph.node(id));
+        if readers.all(|node| shown.contains(node.arg(1)) || !reads_channels(&graph, node)) {
+            channels.gram = None;
+        }
+    }
     let seen = observe(model, Wanted { tensors, channels, windows }, data, histogram, options, progress)?;
     let mut calibration = finish(seen, plan, options)?;
     make_room(model, plan, &mut calibration, options.headroom)?;

@@ -1,6 +1,6 @@
-//! Layers that stay float between integers. ONNX Runtime (1.21 and later, its WeightBiasQuantization) rounds the weights of
-//! a Conv or Gemm that reads a DequantizeLinear and is read by a QuantizeLinear, one scale a tensor, whatever its file says
-//! of them. It looks for nothing but those neighbours, so that an operator that changes nothing keeps the layer float:
+//! Layers that stay float between integers. ONNX Runtime (seen in 1.32) rounds the weights of a Conv or Gemm that reads a
+//! DequantizeLinear and is read by a QuantizeLinear, one scale a tensor, whatever its file says of them. It goes by those
+//! neighbours, so that an operator that changes nothing keeps the layer float:
 //!
 //! ```text
 //! DequantizeLinear -> Clip to what its integers reach -> Conv, float weights -> [Relu, Clip] -> QuantizeLinear
