@@ -18,6 +18,7 @@ use nibble_models::vision::data::{Data, DataOptions};
 use nibble_models::vision::export::export;
 use nibble_models::vision::picture::preprocess;
 use nibble_quant::observer::{IntGrid, IntType, choose};
+use nibble_quant::onnx::plan::Stored;
 use nibble_quant::onnx::proto::{AttributeProto, NodeProto};
 use nibble_quant::onnx::tensor::from_f32;
 use nibble_quant::onnx::{External, Mode, Model, Packing, Settings, fold, plan, qdq};
@@ -192,6 +193,8 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
         mode: Mode::WeightOnly { bits, group: 32, form: Packing::MatMulNBits },
         ..Settings::default()
     };
+    // The last layer.
+    let one = |stored| Settings { stored: vec![("weight:w2".parse().unwrap(), stored)], ..Settings::default() };
     // The model, how, and which operators must be there how often; Conv, MatMul and Gemm in float must not.
     let cases: Vec<Fused> = vec![
         (
@@ -211,6 +214,13 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
         ("8-bit blocks", mlp(&[1, 5, 32], false), blocks(8), &[("MatMulNBits", 2)]),
         ("4-bit weights", mlp(&[1, 5, 32], false), packed(4), &[("MatMulNBits", 2)]),
         ("8-bit weights", mlp(&[1, 5, 32], false), packed(8), &[("MatMulNBits", 2)]),
+        (
+            "4-bit weights of some",
+            mlp(&[1, 5, 32], false),
+            one(Stored::Int4),
+            &[("MatMulNBits", 1), ("MatMulIntegerToFloat", 1)],
+        ),
+        ("4-bit weights of a gemm", mlp(&[1, 32], true), one(Stored::Int4Int8), &[("MatMulNBits", 1), ("QGemm", 1)]),
     ];
     for (name, float, settings, wanted) in cases {
         let data = samples(&float, 8, place);

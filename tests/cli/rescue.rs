@@ -60,7 +60,8 @@ fn a_goal_is_reached_or_refused() {
     assert!(judged["outputs"][0]["sqnr_db"].as_f64().is_none_or(|db| db >= 48.0), "{judged}");
     let told = place.run(&[&QUANTIZE[..], &["--force", "--target-agreement", "100"]].concat());
     assert!(told.ok().contains("models measured"), "{}", told.stdout);
-    assert!(quantize(&["--max-size", "0.0001"]).error(1).contains("with all layers in integers"));
+    let tight = quantize(&["--max-size", "0.0001"]);
+    assert!(tight.error(1).contains("weights in 4 bits"), "{}", tight.stderr);
     // Time is measured: everything fits into a hundred times the float model's, and nothing into a ten-thousandth.
     let fits = quantize(&["--max-latency", "100", "--rounds", "2"]).json();
     assert!(fits["mixed"]["chosen"]["measured"].as_f64().unwrap() <= 100.0 && fits["quantized_nodes"] == 0, "{fits}");
@@ -74,6 +75,8 @@ fn a_goal_is_reached_or_refused() {
         (&["--target-sqnr", "30", "--mode", "dynamic"], "static quantization alone"),
         (&["--effort", "max", "--algorithm", "rtn"], "cannot be used with"),
         (&["--algorithm", "adaround", "--mode", "weights"], "for static quantization"),
+        (&["--store", "op:Gemm=int5"], "did you mean `int4`"),
+        (&["--store", "op:Gemm"], "isn't PATTERN=STORAGE"),
     ] {
         let ended = quantize(words);
         assert!(ended.error(2).contains(says), "{words:?}: {}", ended.stderr);

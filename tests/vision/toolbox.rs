@@ -10,6 +10,7 @@ use nibble_models::vision::data::Data;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare};
 use nibble_quant::onnx::equalize::absorb::{self, Moments, absorb};
 use nibble_quant::onnx::equalize::layers::costs;
+use nibble_quant::onnx::plan::Stored;
 use nibble_quant::onnx::tensor::{floats, from_f32};
 use nibble_quant::onnx::weights::Rounding;
 use nibble_quant::onnx::{External, Graph, Model, Settings};
@@ -71,7 +72,7 @@ fn decibels(exact: &[f32], found: &[f32]) -> f64 {
 }
 
 /// Decibels of the second model's output against the first one's, in onnxruntime, if it is there.
-fn in_onnxruntime(models: [&Model; 2], samples: &Path, place: &Path) -> Option<f64> {
+pub(super) fn in_onnxruntime(models: [&Model; 2], samples: &Path, place: &Path) -> Option<f64> {
     let files = ["a.onnx", "b.onnx"].map(|name| place.join(name));
     models.iter().zip(&files).for_each(|(model, file)| model.save(file, External::Auto).unwrap());
     let [a, b, samples] = [&files[0], &files[1], samples].map(|path| path.to_str().unwrap());
@@ -203,13 +204,72 @@ fn onnxruntime_leaves_layers_float_that_are_to_be_float() {
     let file = smooth(&float, 8, place.path());
     let data = Data::open(&file, &inputs(&float), options()).unwrap();
     // Integers before and after: rounded with one scale, its uneven channels would be lost.
-    let settings = Settings { exclude: vec!["weight:w2".parse().unwrap()], ..Settings::default() };
-    let prepared = made(&float, &file, &settings, Equalize::Nothing);
-    let quantized = prepared.quantize().unwrap();
-    assert!(quantized.graph().node.iter().any(|n| n.arg(1) == "w2"), "w2 isn't float");
-    let here = decibels(&logits(&prepared.model, &data), &logits(&quantized, &data));
-    let Some(there) = in_onnxruntime([&float, &quantized], &file, place.path()) else { return };
-    assert!((there - here).abs() < 1.0, "{there} dB in onnxruntime, {here} dB here");
+    let w2 = || "weight:w2".parse().unwrap();
+    let excluded = Settings { exclude: vec![w2()], ..Settings::default() };
+    let half = Settings { stored: vec![(w2(), Stored::Half)], ..Settings::default() };
+    let mut sizes = Vec::new();
+    for (settings, reads) in [(excluded, "w2"), (half, "w2_float")] {
+        let prepared = made(&float, &file, &settings, Equalize::Nothing);
+        let quantized = prepared.quantize().unwrap();
+        assert!(quantized.graph().node.iter().any(|n| n.arg(1) == reads), "w2 isn't float");
+        sizes.push(
+            quantized.graph().initializer.iter().map(|t| t.raw_data.as_ref().map_or(0, |r| r.len())).sum::<usize>(),
+        );
+        let here = decibels(&logits(&prepared.model, &data), &logits(&quantized, &data));
+        let Some(there) = in_onnxruntime([&float, &quantized], &file, place.path()) else { return };
+        assert!((there - here).abs() < 1.0, "{reads}: {there} dB in onnxruntime, {here} dB here");
+    }
+    assert_eq!(sizes[0] - sizes[1], 2 * 16 * 9, "half precision is two bytes less a weight");
+}
+
+#[test]
+fn weights_are_stored_as_wanted_where_layers_can_have_them_so() {
+    let place = tempfile::tempdir().unwrap();
+    let float = mlp(&[1, 5, 32], false);
+    let file = samples(&float, 6, place.path());
+    let of = |stored: Stored| Settings { stored: vec![("op:MatMul".parse().unwrap(), stored)], ..Settings::default() };
+    let data = Data::open(&file, &inputs(&float), options()).unwrap();
+    let mut last = f64::INFINITY;
+    for stored in [Stored::Half, Stored::Int4, Stored::Int4Int8] {
+        let prepared = made(&float, &file, &of(stored), Equalize::Nothing);
+        let quantized = prepared.quantize().unwrap();
+        assert!(!quantized.graph().node.iter().any(|n| n.is("QuantizeLinear")), "{stored:?}: nothing is in integers");
+        let here = decibels(&logits(&prepared.model, &data), &logits(&quantized, &data));
+        let least = if stored == Stored::Half { 60.0 } else { 12.0 };
+        assert!(here > least && here <= last + 0.5, "{stored:?}: {here} dB, {last} before");
+        last = here;
+        let Some(there) = in_onnxruntime([&float, &quantized], &file, place.path()) else { continue };
+        assert!((there - here).abs() < 1.5, "{stored:?}: {there} dB in onnxruntime, {here} dB here");
+    }
+    // Calibration looks at what packed weights multiply, so that GPTQ has something to go by.
+    let mut settings = of(Stored::Int4);
+    settings.weights.algorithm = "gptq";
+    let like = correlated(&float, 24, place.path());
+    let data = Data::open(&like, &inputs(&float), options()).unwrap();
+    let [nearest, gptq] = [of(Stored::Int4), settings].map(|settings| {
+        let prepared = made(&float, &like, &settings, Equalize::Nothing);
+        decibels(&logits(&prepared.model, &data), &logits(&prepared.quantize().unwrap(), &data))
+    });
+    assert!(gptq > nearest + 1.0, "{nearest} dB, {gptq} with GPTQ");
+
+    let refused = |settings: &Settings, model: &Model| {
+        let mut model = model.clone();
+        let folded = fold_model(&mut model, 1).unwrap();
+        nibble_quant::onnx::plan(&model, settings, &folded).unwrap_err().to_string()
+    };
+    let conv = Settings { stored: vec![("op:Conv".parse().unwrap(), Stored::Int4)], ..Settings::default() };
+    assert!(refused(&conv, &uneven()).contains("no layer whose weight can be stored as int4"));
+    let gone = Settings { stored: vec![("nothing".parse().unwrap(), Stored::Half)], ..Settings::default() };
+    assert!(refused(&gone, &uneven()).contains("fits no node"));
+    let mut huge = float.clone();
+    let weight = huge.graph_mut().initializer.iter_mut().find(|t| t.dims.len() == 2).unwrap();
+    let mut values = floats(weight).unwrap();
+    values[3] = 1e5;
+    let dims: Vec<usize> = weight.dims.iter().map(|&d| d as usize).collect();
+    *weight = from_f32(weight.name(), &dims, &values);
+    let prepared = made(&huge, &file, &of(Stored::Half), Equalize::Nothing);
+    let error = prepared.quantize().unwrap_err().to_string();
+    assert!(error.contains("has a value 100000; half precision ends at 65504"), "{error}");
 }
 
 #[test]

@@ -126,7 +126,7 @@ impl Rten {
 fn spell_out_kernels(graph: &mut GraphProto) {
     let mut shapes: HashMap<String, Vec<i64>> =
         graph.initializer.iter().map(|t| (t.name().to_owned(), t.dims.clone())).collect();
-    for node in graph.node.iter().filter(|n| n.is("DequantizeLinear")) {
+    for node in graph.node.iter().filter(|n| n.is("DequantizeLinear") || n.is("Cast")) {
         if let Some(dims) = shapes.get(node.arg(0)).cloned() {
             shapes.insert(node.out().to_owned(), dims);
         }

@@ -339,13 +339,13 @@ fn feedback(plan: &Plan) -> bool {
     algorithm(plan.settings.weights.algorithm).is_ok_and(|a| a.gram)
 }
 
-/// What quantized layers with weights read, and where its channels are.
+/// What layers with rounded weights read, and where its channels are.
 fn layer_inputs(model: &Model, plan: &Plan, correct_bias: bool) -> Result<BTreeMap<String, Channels>> {
     let graph = Graph::new(model.graph())?;
     let feedback = feedback(plan);
     let mut inputs: BTreeMap<String, Channels> = BTreeMap::new();
     for (id, node) in graph.nodes() {
-        let axis = match plan.kind(id) {
+        let axis = match plan.rounded(id) {
             Some(Kind::Conv) => Axis::Second,
             Some(Kind::Linear { .. }) => Axis::Last,
             _ => continue,

@@ -1,12 +1,18 @@
-//! Mixed precision: layers that cost the most in integers get two terms, or stay float, until the whole is good enough.
+//! Mixed precision: layers that cost the most in integers get two terms, or stay float, until the whole is good enough. Where not even
+//! integers of 8 bits fit, layers start from weights of 4 bits.
 //!
 //! ```text
 //! effects  each layer alone in integers, with one term and with two: the error that it adds   (proxy)
-//! path     upgrades by error spared per time added, best first
+//! path     upgrades by error spared for what they cost, best first
 //! search   the fewest upgrades with which the *measured* model reaches the goal, or the most that fit a size or a time
 //! trim     upgrades that turn out not to be needed are taken back, each by measuring again
 //! ```
 //! Errors of layers add up only roughly, so that they order what is tried, and never decide.
+
+mod path;
+
+pub use path::Precision;
+use path::{Upgrade, path};
 
 use super::data::Data;
 use super::diagnose::{Layer, Tally, effects, layers};
@@ -15,24 +21,13 @@ use super::prepare::Prepared;
 use crate::graph::Rten;
 use crate::{ModelError, Result};
 use nibble_quant::Range;
-use nibble_quant::onnx::plan::{Kind, Target};
+use nibble_quant::onnx::plan::{Kind, Stored, Target};
+use nibble_quant::onnx::tensor::floats;
 use nibble_quant::onnx::{Fine, Graph, Mode, Model, Selector, Settings};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
-
-/// How a layer computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Precision {
-    /// Weights and activations in 8 bits.
-    Int8,
-    /// Weights in 8 bits, activations in two terms of 8 bits.
-    TwoTerms,
-    /// As it is.
-    Float,
-}
 
 /// What is wanted of the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,8 +52,6 @@ impl Goal {
     }
 }
 
-/// Time of a layer's product in integers, of one in floats. Read off ONNX Runtime's times of a ViT-S/14 (benches/VISION.md).
-const INTEGER_TIME: f64 = 0.2;
 /// Upgrades that are tried without, at the end.
 const TRIMS: usize = 6;
 
@@ -70,10 +63,17 @@ pub struct LayerChoice {
     pub layer: Layer,
     /// What was chosen.
     pub precision: Precision,
-    /// Share of the outputs' power that is error with this layer alone in integers, by what its activations are.
+    /// Share of the outputs' power that is error with this layer alone in a precision, for those that it can have.
     pub error: BTreeMap<Precision, f64>,
     /// Products of a sample, in multiplications.
     pub multiplications: f64,
+}
+
+impl LayerChoice {
+    /// Values of its weight.
+    fn weights(&self) -> f64 {
+        if self.layer.weight.is_some() { self.layer.shape.iter().product::<usize>() as f64 } else { 0.0 }
+    }
 }
 
 /// A model that was made and measured.
@@ -112,15 +112,6 @@ pub struct Mixed {
     pub chosen: Attempt,
 }
 
-/// A step from one precision of a layer to the next.
-#[derive(Debug, Clone, Copy)]
-struct Upgrade {
-    layer: usize,
-    to: Precision,
-    spared: f64,
-    time: f64,
-}
-
 /// Time of a quantized model as a share of the float one's.
 pub type Timer<'a> = dyn Fn(&Model) -> Result<f64> + 'a;
 
@@ -153,8 +144,12 @@ pub fn allocate(
 ) -> Result<Mixed> {
     let graph = Graph::new(prepared.model.graph())?;
     let layers = layers(&graph, &prepared.plan);
-    let choices = choices(prepared, &graph, layers, effects_of, judge, progress)?;
-    let path = path(&choices);
+    let packed = match goal {
+        Goal::Bytes(most) => prepared.quantize()?.proto.encoded_len() as u64 > most,
+        _ => false,
+    };
+    let choices = choices(prepared, &graph, layers, packed, effects_of, judge, progress)?;
+    let path = path(&choices, goal);
     let mut search =
         Search { prepared, goal, judge, progress, choices, attempts: Vec::new(), known: BTreeMap::new(), float: None };
     let all: Vec<usize> = (0..path.len()).collect();
@@ -174,7 +169,7 @@ pub fn allocate(
     if !search.measure(&path, &kept)?.good {
         let reached = search.measure(&path, &kept)?;
         let why = match goal {
-            Goal::Bytes(_) => format!("{} bytes with all layers in integers", reached.bytes),
+            Goal::Bytes(_) => format!("{} bytes with all linear layers' weights in 4 bits", reached.bytes),
             Goal::Time(_) => {
                 format!("{:.3} of the float model's time with all layers in integers", reached.measured.unwrap_or(1.0))
             }
@@ -194,11 +189,13 @@ pub fn allocate(
     search.finish(&path, kept)
 }
 
-/// What each layer's error is with one term and with two, and how many multiplications it takes.
+/// What each layer's error is with one term and with two (and, if layers start so, with packed weights), and how many multiplications it
+/// takes.
 fn choices(
     prepared: &Prepared,
     graph: &Graph,
     layers: Vec<Layer>,
+    packed: bool,
     data: &Data,
     judge: &Judge,
     progress: &(dyn Fn(&str) + Sync),
@@ -217,6 +214,13 @@ fn choices(
         if two_terms(prepared, graph, layer) {
             cases.push((layer.id, Precision::TwoTerms, own(true)));
         }
+        // A layer of less than a group has little to gain, and one of a part of a group more can't be run here.
+        let linear = prepared.plan.kind(layer.id).is_some_and(|kind| Stored::Int4.possible(*kind));
+        let whole = inner(graph, layer).is_some_and(|k| k > 0 && k % Stored::GROUP == 0);
+        if let Some(selector) = selector(&layer.node).filter(|_| packed && linear && whole) {
+            let stored = [vec![(selector, Stored::Int4)], base.stored.clone()].concat();
+            cases.push((layer.id, Precision::Int4, Settings { stored, ..base.clone() }));
+        }
     }
     let asked: Vec<(usize, Settings)> = cases.iter().map(|(id, _, settings)| (*id, settings.clone())).collect();
     let (tallies, dims) = effects(prepared, &asked, data, judge.threads, judge.stop, &|| progress("layers"))?;
@@ -232,11 +236,34 @@ fn choices(
             _ => made.iter().rev().skip(1).product(),
         };
         let multiplications = places as f64 * layer.shape.iter().product::<usize>() as f64;
-        let error = errors.remove(&layer.id).unwrap_or_default();
-        let precision = if layer.fine { Precision::TwoTerms } else { Precision::Int8 };
-        LayerChoice { layer, precision, error, multiplications }
+        let mut error = errors.remove(&layer.id).unwrap_or_default();
+        error.insert(Precision::Float, 0.0);
+        if fits_half(graph, &layer)? {
+            error.insert(Precision::Half, path::HALF_ERROR);
+        }
+        let precision = match layer.fine {
+            _ if error.contains_key(&Precision::Int4) => Precision::Int4,
+            true => Precision::TwoTerms,
+            false => Precision::Int8,
+        };
+        Ok(LayerChoice { layer, precision, error, multiplications })
     };
-    Ok(layers.into_iter().map(choice).collect())
+    layers.into_iter().map(choice).collect()
+}
+
+/// Values of an output's row of weights of a linear layer.
+fn inner(graph: &Graph, layer: &Layer) -> Option<usize> {
+    let node = graph.node(layer.id);
+    match (node.is("Gemm") && node.int("transB", 0) != 0, layer.shape.as_slice()) {
+        (true, [_, k]) | (false, [k, _]) => Some(*k),
+        _ => None,
+    }
+}
+
+/// Whether half precision holds a layer's weight.
+fn fits_half(graph: &Graph, layer: &Layer) -> Result<bool> {
+    let Some(weight) = layer.weight.as_deref().and_then(|name| graph.constant(name)) else { return Ok(false) };
+    Ok(floats(weight)?.iter().all(|v| half::f16::from_f32(*v).is_finite()))
 }
 
 /// Whether a layer can have activations in two terms: as [`Fine`] has it.
@@ -251,39 +278,6 @@ fn two_terms(prepared: &Prepared, graph: &Graph, layer: &Layer) -> bool {
 
 fn selector(node: &str) -> Option<Selector> {
     format!("name:{node}").parse().ok()
-}
-
-fn time(precision: Precision) -> f64 {
-    match precision {
-        Precision::Int8 => INTEGER_TIME,
-        Precision::TwoTerms => 2.0 * INTEGER_TIME,
-        Precision::Float => 1.0,
-    }
-}
-
-/// Upgrades in the order in which they are worth their time. A layer's own come in theirs: one that spares more for its
-/// time than the one before it takes its place.
-fn path(choices: &[LayerChoice]) -> Vec<Upgrade> {
-    let mut path = Vec::new();
-    for (layer, choice) in choices.iter().enumerate() {
-        let error = |p: Precision| if p == Precision::Float { Some(0.0) } else { choice.error.get(&p).copied() };
-        let step = |from: Precision, to: Precision| {
-            let spared = error(from)? - error(to)?;
-            let time = (time(to) - time(from)) * choice.multiplications.max(1.0);
-            (spared > 0.0).then_some(Upgrade { layer, to, spared, time })
-        };
-        let worth = |u: &Upgrade| u.spared / u.time;
-        let whole = step(choice.precision, Precision::Float);
-        let first = step(choice.precision, Precision::TwoTerms).filter(|_| choice.precision == Precision::Int8);
-        let second = step(Precision::TwoTerms, Precision::Float);
-        match (first, second, whole) {
-            (Some(first), Some(second), _) if worth(&first) >= worth(&second) => path.extend([first, second]),
-            (_, _, Some(whole)) => path.push(whole),
-            _ => {}
-        }
-    }
-    path.sort_by(|a, b| (b.spared / b.time).total_cmp(&(a.spared / a.time)));
-    path
 }
 
 struct Search<'a> {
@@ -313,9 +307,12 @@ impl Search<'_> {
             let chosen = self.choices.iter().zip(precisions).filter(move |(_, p)| **p == wanted);
             chosen.filter_map(|(c, _)| selector(&c.layer.node)).collect::<Vec<_>>()
         };
+        let stored = |precision, stored| named(precision).into_iter().map(|s| (s, stored)).collect::<Vec<_>>();
         let base = &self.prepared.plan.settings;
         let settings = Settings {
             exclude: [base.exclude.clone(), named(Precision::Float)].concat(),
+            stored: [base.stored.clone(), stored(Precision::Half, Stored::Half), stored(Precision::Int4, Stored::Int4)]
+                .concat(),
             fine: named(Precision::TwoTerms).into_iter().map(Fine::Named).collect(),
             ..base.clone()
         };
@@ -352,7 +349,7 @@ impl Search<'_> {
         if self.float.is_none() {
             self.float = Some(Rten::packed(&self.prepared.model, &outputs, threads)?);
         }
-        let of_layer = |(choice, precision): (&LayerChoice, &Precision)| choice.multiplications * time(*precision);
+        let of_layer = |(choice, precision): (&LayerChoice, &Precision)| choice.multiplications * precision.time();
         let whole: f64 = self.choices.iter().map(|c| c.multiplications).sum();
         let mut attempt = Attempt {
             upgrades,

@@ -210,16 +210,16 @@ pub fn in_float(model: &Model, plan: &Plan, quantized: &Graph, ids: &[usize], pr
 }
 
 impl Plan {
-    /// The activations that a quantized node reads.
+    /// The activations that a node reads that is quantized, or whose weight is.
     pub fn inputs(&self, graph: &Graph, id: usize) -> Vec<String> {
         let node = graph.node(id);
-        let slots = self.kind(id).map(|kind| kind.data_slots(node)).unwrap_or(0..0);
+        let slots = self.rounded(id).map(|kind| kind.data_slots(node)).unwrap_or(0..0);
         slots.map(|slot| node.arg(slot).to_owned()).filter(|name| graph.constant(name).is_none()).collect()
     }
 
     /// What a quantized node makes, with the bias after it, and the Relu or Clip that its range stands for.
     pub fn output(&self, graph: &Graph, id: usize) -> String {
-        match (self.outputs.get(&id), self.kind(id)) {
+        match (self.outputs.get(&id), self.rounded(id)) {
             (Some(name), _) => name.clone(),
             (None, Some(super::plan::Kind::Linear { bias: Some((add, _)) })) => graph.node(*add).out().to_owned(),
             _ => graph.node(id).out().to_owned(),

@@ -11,10 +11,12 @@
 
 mod fine;
 mod kinds;
+mod stored;
 mod units;
 
 pub use fine::Fine;
 pub use kinds::{Clip, Kind};
+pub use stored::{Stored, rule};
 
 use super::fold::Folded;
 use super::graph::label;
@@ -80,6 +82,8 @@ pub struct Settings {
     pub include: Vec<Selector>,
     /// These nodes stay float.
     pub exclude: Vec<Selector>,
+    /// Layers that compute in floats, and how their weights are stored; the first pattern that fits a layer decides.
+    pub stored: Vec<(Selector, Stored)>,
     /// Products of two activations, as in attention, are quantized too.
     pub attention: bool,
     /// Convolutions where they are known to become slower.
@@ -97,6 +101,7 @@ impl Default for Settings {
             weights: Rounding { per_channel: true, bits: 8, algorithm: "rtn" },
             include: Vec::new(),
             exclude: Vec::new(),
+            stored: Vec::new(),
             attention: false,
             force_conv: false,
             fine: vec![Fine::Gelu],
@@ -145,6 +150,8 @@ pub struct Plan {
     pub(super) made: BTreeSet<String>,
     /// Linear layers whose activations have two terms.
     pub fine: BTreeSet<usize>,
+    /// Layers that compute in floats from weights that aren't stored as they are.
+    pub stored: BTreeMap<usize, (Kind, Stored)>,
     /// For each node that makes integers, the name of what it makes: its output, or that of a Clip merged into it.
     pub(super) outputs: BTreeMap<usize, String>,
     /// Recognized groups of nodes.
@@ -163,9 +170,12 @@ pub fn plan(model: &Model, settings: &Settings, folded: &Folded) -> Result<Plan>
         some => Some(select::all(some, &graph, folded)?),
     };
     check(settings)?;
+    let as_static = Settings { mode: Mode::Static, attention: false, ..settings.clone() };
+    let stored = stored::layers(&graph, settings, folded, &|node| Ok(kinds::kind(&graph, node, &as_static)?.ok()))?;
     let mut candidates: Vec<Result<Kind, String>> = Vec::with_capacity(model.graph().node.len());
     for (id, node) in graph.nodes() {
         candidates.push(match kinds::kind(&graph, node, settings)? {
+            Ok(_) if stored.contains_key(&id) => Err(format!("its weight is stored as {}", stored[&id].1.name())),
             Ok(_) if excluded.contains(&id) => Err("excluded".into()),
             Ok(kind) if kind.is_anchor() && included.as_ref().is_some_and(|i| !i.contains(&id)) => {
                 Err("not among those included".into())
@@ -199,6 +209,7 @@ pub fn plan(model: &Model, settings: &Settings, folded: &Folded) -> Result<Plan>
         made: units.made,
         outputs: units.outputs,
         fine,
+        stored,
         groups,
     })
 }

@@ -14,13 +14,14 @@ mod activations;
 mod dynamic;
 mod kept_float;
 mod layers;
+mod stored;
 mod weight_only;
 
 use super::edit::Edit;
 use super::equalize;
 use super::graph::fresh;
 use super::opset;
-use super::plan::{Mode, Packing, Plan, Target};
+use super::plan::{Mode, Packing, Plan, Stored, Target};
 use super::proto::*;
 use super::tensor::{from_16, from_f32, from_i8, from_i32, from_u8};
 use super::weights::{Weight, reads_channels};
@@ -139,7 +140,9 @@ pub fn edits(model: &Model, plan: &Plan, calibration: &Calibration) -> Result<(V
         Mode::Dynamic => writer.dynamic()?,
         Mode::WeightOnly { bits, group, form } => writer.weight_only(bits, group, form)?,
     }
-    Ok((writer.edits, foreign))
+    writer.stored()?;
+    let packed = plan.stored.values().any(|(_, stored)| *stored != Stored::Half);
+    Ok((writer.edits, foreign || packed))
 }
 
 impl Writer<'_> {

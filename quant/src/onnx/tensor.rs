@@ -196,6 +196,11 @@ pub fn from_f32(name: &str, dims: &[usize], values: &[f32]) -> TensorProto {
     build(name, DataType::Float, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
 }
 
+/// A tensor in half precision, rounded to it.
+pub fn from_f16(name: &str, dims: &[usize], values: &[f32]) -> TensorProto {
+    build(name, DataType::Float16, dims, values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect())
+}
+
 /// An int8 tensor.
 pub fn from_i8(name: &str, dims: &[usize], values: &[i8]) -> TensorProto {
     build(name, DataType::Int8, dims, values.iter().map(|&v| v as u8).collect())

@@ -1,4 +1,4 @@
-//! A goal instead of patterns: which layers stay float, and which get two terms, is found by measuring.
+//! A goal instead of patterns: which layers stay float, which get two terms and which weights of 4 bits is found by measuring.
 
 use super::data::Preparation;
 use super::engine::Engine;
@@ -30,7 +30,8 @@ pub struct MixedPrecision {
     /// The same for the share of samples with the right class
     #[arg(long, value_name = "PERCENT", requires = "labels", conflicts_with_all = ["max_size", "max_latency"])]
     target_accuracy: Option<f64>,
-    /// Leave as many layers in float as fit into a file of so many megabytes
+    /// Make layers as exact as fits into a file of so many megabytes: float (weights in half precision), two terms, 8 bits, or weights
+    /// of 4 bits
     #[arg(long, value_name = "MB", conflicts_with = "max_latency")]
     max_size: Option<f64>,
     /// Leave as many layers in float, or in two terms, as fit into this share of the float model's time, measured on --engine
@@ -138,8 +139,7 @@ pub fn text(mixed: &Mixed) -> String {
     words.push(format!("{} models measured", mixed.attempts.len()));
     let mut table = Table::new(&["layer", "operator", "precision"]);
     for choice in mixed.layers.iter().filter(|l| l.precision != Precision::Int8) {
-        let word = if choice.precision == Precision::Float { "float" } else { "int8, two terms" };
-        table.row(vec![choice.layer.node.clone(), choice.layer.op.clone(), word.into()]);
+        table.row(vec![choice.layer.node.clone(), choice.layer.op.clone(), choice.precision.name().into()]);
     }
     format!("{}\n{}", words.join(", "), table.render())
 }

@@ -12,8 +12,9 @@ use nibble_models::vision::data::Data;
 use nibble_models::vision::diagnose::layers;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare, runs};
 use nibble_quant::observer::{self, IntGrid, IntType};
+use nibble_quant::onnx::plan::{self, Stored, plan};
 use nibble_quant::onnx::weights::Rounding;
-use nibble_quant::onnx::{Fine, Folded, Graph, Mode, Model, Packing, Selector, Settings, Target, opset, plan};
+use nibble_quant::onnx::{Fine, Folded, Graph, Mode, Model, Packing, Selector, Settings, Target, opset};
 use std::path::{Path, PathBuf};
 
 /// The flags.
@@ -61,6 +62,10 @@ pub struct Recipe {
     /// Leave nodes that fit this pattern in float (may be repeated)
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<Selector>,
+    /// Leave layers that fit the pattern in float and store their weights as float16, int4 (groups of 32, linear layers) or
+    /// int4-int8 (the same, activations rounded at run time): PATTERN=WORD (may be repeated, the first that fits decides)
+    #[arg(long, value_name = "PATTERN=WORD", value_parser = plan::rule)]
+    store: Vec<(Selector, Stored)>,
     /// Quantize products of two activations too
     #[arg(long)]
     attention: bool,
@@ -205,6 +210,7 @@ impl Recipe {
             },
             include: self.include.clone(),
             exclude: self.exclude.clone(),
+            stored: self.store.clone(),
             attention: self.attention,
             force_conv: self.force_conv,
             fine: match (self.no_fine, self.fine.as_slice()) {

@@ -70,8 +70,9 @@ pub(super) fn resolve(graph: &Graph, mut candidates: Vec<Result<Kind, String>>, 
                     }
                 }
                 Kind::Linear { .. } | Kind::MatMul => {
-                    let all = !graph.consumers(out).is_empty() && wants(out).all(|w| w) && graph.is_private(out);
-                    if quantizes[id] && !(node.is("Gemm") && all) {
+                    // An integer Gemm makes floats only where the graph ends; before a float operator it takes integers, too.
+                    let inner = !graph.consumers(out).is_empty() && graph.is_private(out);
+                    if quantizes[id] && !(node.is("Gemm") && inner) {
                         unquantized.push(id);
                     }
                 }

@@ -32,7 +32,10 @@ pub(super) fn keep_float(model: &mut Model, grid: IntGrid) -> Result<()> {
     for (id, node) in graph.nodes() {
         let layer = ["Conv", "ConvTranspose", "Gemm"].iter().any(|op| node.is(op));
         let from = graph.producer(node.arg(0)).map(|id| graph.node(id)).filter(|n| n.is("DequantizeLinear"));
-        let float = graph.constant(node.arg(1)).is_some_and(|t| t.data_type().is_float());
+        // Weights in half precision are widened when they are loaded.
+        let widened = graph.producer(node.arg(1)).map(|id| graph.node(id)).filter(|n| n.is("Cast"));
+        let weight = graph.constant(widened.map_or(node.arg(1), |cast| cast.arg(0)));
+        let float = weight.is_some_and(|t| t.data_type().is_float());
         let Some(from) = from.filter(|_| layer && float && becomes_integers(&graph, node)) else { continue };
         let to = match clipped.get(node.arg(0)) {
             Some(known) => known.clone(),

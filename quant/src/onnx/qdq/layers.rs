@@ -107,7 +107,7 @@ impl Writer<'_> {
     }
 
     /// What a node reads after the edits so far.
-    fn input(&self, id: usize, slot: usize) -> String {
+    pub(super) fn input(&self, id: usize, slot: usize) -> String {
         let changed = self.edits.iter().rev().find_map(|e| match e {
             Edit::Input { node, slot: s, to } if *node == id && *s == slot => Some(to.clone()),
             _ => None,
@@ -247,7 +247,7 @@ impl Writer<'_> {
     }
 
     /// What an error of each value of a channel costs: the second moment of the input that it meets.
-    fn importance(&self, node: &NodeProto, weight: &TensorProto) -> Option<Vec<f32>> {
+    pub(super) fn importance(&self, node: &NodeProto, weight: &TensorProto) -> Option<Vec<f32>> {
         let moments = self.calibration.moments.get(node.arg(0))?;
         if !node.is("Conv") {
             return Some(moments.clone());

@@ -33,50 +33,56 @@ struct Grouped<'a> {
     scales: Vec<f32>,
 }
 
-impl Writer<'_> {
+impl<'a> Writer<'a> {
     /// Every linear layer that the plan quantizes.
     pub(super) fn weight_only(&mut self, bits: u8, group: usize, form: Packing) -> Result<()> {
         let layers: Vec<usize> =
             self.graph.nodes().map(|(id, _)| id).filter(|&id| self.plan.kind(id).is_some()).collect();
         for id in layers {
-            let node = self.graph.node(id);
-            let Some(tensor) = self.graph.constant(node.arg(1)) else {
-                return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
-            };
-            let transposed = node.is("Gemm") && node.int("transB", 0) != 0;
-            let layout = if transposed { Layout::Rows } else { Layout::Columns };
-            let (sides, values) = rows(tensor, layout)?;
-            let [n, k] = sides;
-            let spec = QuantSpec {
-                grid: Grid::Int { bits },
-                granularity: Granularity::Group(group),
-                // 15 levels lose more than the sign of a scale costs.
-                zero: if bits == 4 { Zero::FullRange } else { Zero::Symmetric },
-                scale: ScaleFormat::Float(FloatFormat::F32),
-                outliers: OutlierSpec::None,
-            };
-            let quantized =
-                codes(tensor, (sides, &values), &spec, self.plan.settings.weights.algorithm, Seen::default())?;
-            let groups = k.div_ceil(group);
-            let scales = (0..n).flat_map(|r| (0..groups).map(move |g| (r, g))).map(|(r, g)| quantized.scale(r, g));
-            let scales: Vec<f32> = scales.collect();
-            let weight = Grouped { tensor, layout, n, k, codes: quantized.codes, scales };
             match form {
-                Packing::MatMulNBits => self.product_of_packed(id, &weight, bits, group),
-                Packing::Blocks => self.blocks(id, &weight, bits, group),
+                Packing::MatMulNBits => self.product_of_packed(id, bits, group, &[])?,
+                Packing::Blocks => self.blocks(id, bits, group)?,
             }
         }
         Ok(())
     }
 
-    /// MatMulNBits in place of a layer.
-    fn product_of_packed(&mut self, id: usize, weight: &Grouped, bits: u8, group: usize) {
+    /// A linear layer's weight in groups, with what calibration saw of the layer's input.
+    fn grouped(&self, id: usize, bits: u8, group: usize) -> Result<Grouped<'a>> {
         let node = self.graph.node(id);
-        let Grouped { tensor, n, k, codes, scales, .. } = weight;
+        let Some(tensor) = self.graph.constant(node.arg(1)) else {
+            return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
+        };
+        let transposed = node.is("Gemm") && node.int("transB", 0) != 0;
+        let layout = if transposed { Layout::Rows } else { Layout::Columns };
+        let (sides, values) = rows(tensor, layout)?;
+        let [n, k] = sides;
+        let spec = QuantSpec {
+            grid: Grid::Int { bits },
+            granularity: Granularity::Group(group),
+            // 15 levels lose more than the sign of a scale costs.
+            zero: if bits == 4 { Zero::FullRange } else { Zero::Symmetric },
+            scale: ScaleFormat::Float(FloatFormat::F32),
+            outliers: OutlierSpec::None,
+        };
+        let importance = self.importance(node, tensor);
+        let inputs = self.calibration.inputs_of(&self.graph, node);
+        let seen = Seen { importance: importance.as_deref(), inputs, costs: None };
+        let quantized = codes(tensor, (sides, &values), &spec, self.plan.settings.weights.algorithm, seen)?;
+        let groups = k.div_ceil(group);
+        let scales = (0..n).flat_map(|r| (0..groups).map(move |g| (r, g))).map(|(r, g)| quantized.scale(r, g));
+        let scales: Vec<f32> = scales.collect();
+        Ok(Grouped { tensor, layout, n, k, codes: quantized.codes, scales })
+    }
+
+    /// MatMulNBits in place of a layer, with more attributes than it needs, where there are any.
+    pub(super) fn product_of_packed(&mut self, id: usize, bits: u8, group: usize, more: &[(&str, i64)]) -> Result<()> {
+        let node = self.graph.node(id);
+        let Grouped { tensor, n, k, codes, scales, .. } = self.grouped(id, bits, group)?;
         let groups = k.div_ceil(group);
         let middle = 1u8 << (bits - 1);
         let mut packed = Vec::with_capacity(n * groups * group * usize::from(bits) / 8);
-        for row in codes.chunks_exact(*k) {
+        for row in codes.chunks_exact(k) {
             let mut padded = row.to_vec();
             padded.resize(groups * group, middle);
             match bits {
@@ -86,32 +92,35 @@ impl Writer<'_> {
         }
         let base = tensor.name();
         let names = ["quantized", "scale"].map(|part| self.name(&format!("{base}_{part}")));
-        self.initializer(from_u8(&names[0], &[*n, groups, group * usize::from(bits) / 8], &packed));
-        self.initializer(from_f32(&names[1], &[n * groups], scales));
+        self.initializer(from_u8(&names[0], &[n, groups, group * usize::from(bits) / 8], &packed));
+        self.initializer(from_f32(&names[1], &[n * groups], &scales));
         let own = label(node);
+        let input = self.input(id, 0);
         let bias = if node.arg(2).is_empty() { "" } else { node.arg(2) };
         let output = if bias.is_empty() { node.out().to_owned() } else { self.name(&format!("{own}_product")) };
-        let mut product = NodeProto::new("MatMulNBits", &own, &[node.arg(0), &names[0], &names[1]], &[&output]);
+        let mut product = NodeProto::new("MatMulNBits", &own, &[&input, &names[0], &names[1]], &[&output]);
         product.domain = Some(MICROSOFT.into());
-        product.attribute = [("K", *k), ("N", *n), ("bits", usize::from(bits)), ("block_size", group)]
-            .map(|(name, value)| AttributeProto::new_int(name, value as i64))
-            .to_vec();
+        let own_attributes =
+            [("K", k as i64), ("N", n as i64), ("bits", i64::from(bits)), ("block_size", group as i64)];
+        let attributes = own_attributes.iter().chain(more);
+        product.attribute = attributes.map(|(name, value)| AttributeProto::new_int(name, *value)).collect();
         self.add(product);
         if !bias.is_empty() {
             self.add(NodeProto::new("Add", &format!("{own}_bias"), &[&output, bias], &[node.out()]));
         }
         self.edits.push(Edit::Remove(id));
+        Ok(())
     }
 
     /// Integers and a DequantizeLinear in place of a layer's weight.
-    fn blocks(&mut self, id: usize, weight: &Grouped, bits: u8, group: usize) {
-        let Grouped { tensor, layout, n, k, codes, scales } = weight;
+    fn blocks(&mut self, id: usize, bits: u8, group: usize) -> Result<()> {
+        let Grouped { tensor, layout, n, k, codes, scales } = self.grouped(id, bits, group)?;
         let groups = k.div_ceil(group);
         let middle = 1i16 << (bits - 1);
         let signed: Vec<i8> = codes.iter().map(|&c| (i16::from(c) - middle) as i8).collect();
         let (signed, scales, dims, scale_dims, axis) = match layout {
-            Layout::Rows => (signed, scales.clone(), [*n, *k], [*n, groups], 1),
-            Layout::Columns => (transpose(&signed, *n, *k), transpose(scales, *n, groups), [*k, *n], [groups, *n], 0),
+            Layout::Rows => (signed, scales, [n, k], [n, groups], 1),
+            Layout::Columns => (transpose(&signed, n, k), transpose(&scales, n, groups), [k, n], [groups, n], 0),
         };
         let base = tensor.name();
         let names = ["quantized", "scale", "DequantizeLinear", "DequantizeLinear_Output"];
@@ -126,5 +135,6 @@ impl Writer<'_> {
             vec![AttributeProto::new_int("axis", axis), AttributeProto::new_int("block_size", group as i64)];
         self.add(node);
         self.edits.push(Edit::Input { node: id, slot: 1, to: names[3].clone() });
+        Ok(())
     }
 }
