@@ -72,7 +72,7 @@ fn no_algorithm_is_worse_than_rounding_at_the_same_bits() {
 fn more_bits_are_never_worse() {
     let ladders: [&[&str]; 4] = [
         &["int2-g32-dq", "int3-g32-dq", "int4-g32-dq", "int5-g32-dq", "int6-g32-dq", "int8-g32-dq"],
-        &["int3-g32-dq", "int4-nl-g32-dq", "int5-g32-dq"],
+        &["int2-g32-dq", "int3-nl-g32-dq", "int4-nl-g32-dq", "int5-g32-dq"],
         &["int4-channel", "int4-g128", "int4-g64", "int4-g32", "int8-channel", "int8-g32"],
         &["int4-tensor", "int4-channel", "int8-tensor", "int8-channel", "int8-g128", "int8-g32"],
     ];

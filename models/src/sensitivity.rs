@@ -27,7 +27,7 @@ const STRETCHES: usize = 6;
 /// Rows of a layer that its errors are measured on.
 const ROWS: usize = 96;
 /// Schemes that a layer may get beside the one that was asked for, by bits.
-const LADDER: &[&str] = &["int3-g32-dq", "int4-nl-g32-dq", "int5-g32-dq", "int6-g32-dq", "int8-g32-dq"];
+const LADDER: &[&str] = &["int3-nl-g32-dq", "int4-nl-g32-dq", "int5-g32-dq", "int6-g32-dq", "int8-g32-dq"];
 
 /// What an allocation is to meet.
 #[derive(Debug, Clone, Copy, PartialEq)]

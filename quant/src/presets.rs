@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! int4      levels -8..7, signed scale            -g32      groups of 32 along K
-//! int4-nl   16 non-linear levels of 6 bits       -channel  one group a row
+//! int4-nl   16 non-linear levels of 6 bits (int3-nl: 8)       -channel  one group a row
 //! nf4       QLoRA's normal-float levels           -asym     integer zero points; -min: float minimums
 //!                                                 -dq       6-bit scales against an f16 a row (-dq8: 8-bit,
 //!                                                           -dq256: an f16 for every 256 values)
@@ -44,6 +44,8 @@ const IQ4: Grid = Grid::Table(Table::Iq4Nl);
 /// Fitted, starting from IQ4_NL's, to groups of 32 normal and Student-t (5 degrees of freedom) values with the best scale
 /// each; within 0.1 dB of IQ4_NL's there.
 const NL: Grid = Grid::Table(Table::Int8([-31, -25, -20, -16, -12, -8, -5, -2, 1, 4, 7, 10, 13, 17, 22, 28]));
+/// Fitted to the same values, from normal ones' best levels on: 0.9 dB above the 8 levels of integers there.
+const NL3: Grid = Grid::Table(Table::Eight([-31, -18, -10, -4, 2, 7, 15, 25]));
 const NF4: Grid = Grid::Table(Table::Nf4);
 
 const fn coded(bits: u8, span: Span) -> ScaleFormat {
@@ -118,6 +120,7 @@ pub static PRESETS: &[Preset] = &[
         .by("rtn"),
     preset("int2-g32-dq", int(2), Group(32), Min, DQ, "4 levels with a minimum"),
     preset("int3-g32-dq", int(3), Group(32), FullRange, DQ, "8 levels"),
+    preset("int3-nl-g32-dq", NL3, Group(32), Symmetric, DQ, "8 non-linear levels"),
     preset("int5-g32-dq", int(5), Group(32), FullRange, DQ, "32 levels"),
     preset("int6-g32-dq", int(6), Group(32), FullRange, DQ8, "64 levels: close to 8 bits"),
 ];

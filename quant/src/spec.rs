@@ -38,11 +38,11 @@ pub enum Grid {
         /// Bits of a code, 2..=8.
         bits: u8,
     },
-    /// 16 levels from a table, 4 bits a code.
+    /// Levels from a table: 16 of them, 4 bits a code, or 8, 3 bits a code.
     Table(Table),
 }
 
-/// A 16-entry table of levels, ascending.
+/// A table of levels, ascending.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Table {
@@ -50,8 +50,10 @@ pub enum Table {
     Nf4,
     /// llama.cpp's non-linear int8 levels in -127..=113.
     Iq4Nl,
-    /// A codebook of int8 levels, ascending.
+    /// A codebook of 16 int8 levels, ascending.
     Int8([i8; 16]),
+    /// One of 8 such levels: 3 bits a code.
+    Eight([i8; 8]),
 }
 
 /// Which values share a scale.
@@ -148,12 +150,27 @@ pub enum OutlierSpec {
 pub const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 impl Table {
-    /// The 16 levels, ascending.
+    /// The levels, ascending; where there are 8, the last one stands in the places of those that aren't.
     pub fn levels(&self) -> [f32; 16] {
         match self {
             Table::Nf4 => crate::nf4::NF4,
             Table::Iq4Nl => IQ4_NL.map(f32::from),
             Table::Int8(t) => t.map(f32::from),
+            Table::Eight(t) => std::array::from_fn(|i| f32::from(t[i.min(7)])),
+        }
+    }
+
+    /// How many levels there are: 2^bits.
+    pub fn count(&self) -> usize {
+        if matches!(self, Table::Eight(_)) { 8 } else { 16 }
+    }
+
+    /// The levels of a table of integers that may be other ones; `None` for the tables that are given.
+    fn own(&self) -> Option<&[i8]> {
+        match self {
+            Table::Nf4 | Table::Iq4Nl => None,
+            Table::Int8(t) => Some(t),
+            Table::Eight(t) => Some(t),
         }
     }
 }
@@ -163,7 +180,7 @@ impl Grid {
     pub fn bits(&self) -> usize {
         match self {
             Grid::Int { bits } => *bits as usize,
-            Grid::Table(_) => 4,
+            Grid::Table(table) => table.count().ilog2() as usize,
         }
     }
 }
@@ -231,10 +248,10 @@ impl QuantSpec {
             Grid::Int { bits } if !(2..=8).contains(&bits) => {
                 return refuse(format!("integer codes of {bits} bits; 2 to 8 are possible"));
             }
-            Grid::Table(Table::Int8(t)) if !t.is_sorted_by(|a, b| a < b) => {
+            Grid::Table(table) if let Some(t) = table.own().filter(|t| !t.is_sorted_by(|a, b| a < b)) => {
                 return refuse(format!("table levels {t:?} do not ascend"));
             }
-            Grid::Table(Table::Int8(t)) if t[0] >= 0 || t[15] <= 0 => {
+            Grid::Table(table) if let Some(t) = table.own().filter(|t| t[0] >= 0 || t[t.len() - 1] <= 0) => {
                 return refuse(format!("table levels {t:?} are all on one side of zero"));
             }
             Grid::Table(_) if self.zero != Zero::Symmetric => {
@@ -302,7 +319,7 @@ impl QuantSpec {
     pub fn levels(&self) -> Vec<f32> {
         match self.grid {
             Grid::Int { bits } => (0..1u32 << bits).map(|code| code as f32 - self.middle() as f32).collect(),
-            Grid::Table(table) => table.levels().to_vec(),
+            Grid::Table(table) => table.levels()[..table.count()].to_vec(),
         }
     }
 
@@ -417,7 +434,7 @@ impl std::fmt::Display for QuantSpec {
             Grid::Int { bits } => write!(f, "int{bits} {}", self.zero.name())?,
             Grid::Table(Table::Nf4) => write!(f, "nf4")?,
             Grid::Table(Table::Iq4Nl) => write!(f, "iq4-nl levels")?,
-            Grid::Table(Table::Int8(_)) => write!(f, "16 learned levels")?,
+            Grid::Table(table) => write!(f, "{} learned levels", table.count())?,
         }
         match self.granularity {
             Granularity::Tensor => write!(f, ", one group a tensor")?,

@@ -2,7 +2,7 @@
 
 use nibble_quant::algo::{AlgoInput, algorithm, learn_levels, weighted_error};
 use nibble_quant::stats::{Factored, Input, Stats, Symmetric, gram_bytes};
-use nibble_quant::{ALGORITHMS, Grid, OutlierSpec, PRESETS, QTensor, QuantSpec, Table};
+use nibble_quant::{ALGORITHMS, Grid, OutlierSpec, PRESETS, QTensor, QuantSpec};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::path::Path;
@@ -421,7 +421,7 @@ fn learned_levels_err_less_than_those_they_start_from() {
     let mut rng = StdRng::seed_from_u64(11);
     let weight: Vec<f32> = (0..64 * K).map(|_| (rng.random::<f32>() - 0.5).powi(5)).collect();
     let importance = observed(500).mean_squares();
-    for name in ["int4-nl-g32-dq", "int4-iq4nl-g32-dq", "int4-iq4nl-g32", "int4-nl-g64-dq"] {
+    for name in ["int3-nl-g32-dq", "int4-nl-g32-dq", "int4-iq4nl-g32-dq", "int4-iq4nl-g32", "int4-nl-g64-dq"] {
         let spec = &nibble_quant::presets::by_name(name).unwrap().scheme.weight;
         let shape = [weight.len() / K, K];
         let input = AlgoInput {
@@ -433,8 +433,9 @@ fn learned_levels_err_less_than_those_they_start_from() {
             calibrated: None,
             seed: 0,
         };
-        let levels = learn_levels(&input).unwrap();
-        let learned = QuantSpec { grid: Grid::Table(Table::Int8(levels)), ..spec.clone() };
+        let table = learn_levels(&input).unwrap();
+        let learned = QuantSpec { grid: Grid::Table(table), ..spec.clone() };
+        assert_eq!(learned.bits(), spec.bits(), "{name}");
         learned.validate().unwrap();
         let error = |spec: &QuantSpec| {
             let input = AlgoInput { spec, ..input };

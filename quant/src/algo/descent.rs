@@ -246,7 +246,7 @@ impl<'a> Row<'a> {
         let g = j / self.size;
         let y = (value - self.mins[g]) * inverse(self.scales[g].value);
         match &self.rule.table {
-            Some(levels) => levels.windows(2).filter(|w| (w[0] + w[1]) / 2.0 < y).count() as u8,
+            Some(levels) => Rule::of_table(levels, y),
             None => {
                 let zero = self.zeros[g];
                 let shift = (self.rule.middle - zero) as f32;

@@ -49,7 +49,7 @@ pub(super) struct Group<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rule {
     pub(super) zero: Zero,
-    /// Levels of a table.
+    /// Levels of a table; where it has less than these, the last one again.
     pub(super) table: Option<[f32; LANES]>,
     /// Lowest and highest level; codes with a zero point or minimum.
     pub(super) low: f32,
@@ -95,13 +95,21 @@ impl Rule {
         }
     }
 
+    /// The code of a table's level nearest to `y`, the lower one of two.
+    #[inline(always)]
+    pub(super) fn of_table(levels: &[f32; LANES], y: f32) -> u8 {
+        // A level that stands there again is never reached.
+        levels.windows(2).filter(|w| w[0] < w[1] && (w[0] + w[1]) / 2.0 < y).count() as u8
+    }
+
     /// The place among codes, a fraction, of which `y` is the level: between the levels of a table by how far it lies from
     /// one to the next, beyond its ends as if they went on.
     #[inline(always)]
     pub(super) fn place(&self, y: f32, zero: i32) -> f32 {
         match &self.table {
             Some(levels) => {
-                let at = levels[1..LANES - 1].iter().filter(|level| **level <= y).count();
+                let last = levels.partition_point(|level| *level < levels[LANES - 1]);
+                let at = levels[1..last].iter().filter(|level| **level <= y).count();
                 at as f32 + (y - levels[at]) / (levels[at + 1] - levels[at])
             }
             None => y + zero as f32,

@@ -196,8 +196,8 @@ pub(super) fn nearest(rule: &Rule, best: f32, scale: f32, min: f32, zero: i32) -
     match &rule.table {
         Some(levels) => {
             let y = best * inverse(scale);
-            let code = levels.windows(2).filter(|w| (w[0] + w[1]) / 2.0 < y).count();
-            (code as u8, scale * levels[code & 15])
+            let code = Rule::of_table(levels, y);
+            (code, scale * levels[code as usize & 15])
         }
         None => {
             let shift = (rule.middle - zero) as f32;

@@ -50,7 +50,7 @@ impl<S: Simd> Grid<S> for Even<S> {
     }
 }
 
-/// 16 levels of a table, found by halving.
+/// The levels of a table, found by halving; where it has less than 16, the last one again and again.
 #[derive(Clone, Copy)]
 pub(super) struct Uneven<S: Simd> {
     levels: S::F32,
@@ -62,7 +62,10 @@ impl<S: Simd> Uneven<S> {
     pub(super) fn new(s: S, levels: &[f32; LANES]) -> Self {
         let mut middles = [f32::INFINITY; LANES];
         for i in 0..LANES - 1 {
-            middles[i] = (levels[i] + levels[i + 1]) / 2.0;
+            // No value lies above the middle between a level and itself.
+            if levels[i] < levels[i + 1] {
+                middles[i] = (levels[i] + levels[i + 1]) / 2.0;
+            }
         }
         Uneven { levels: s.load(levels), middles: s.load(&middles) }
     }

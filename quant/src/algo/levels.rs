@@ -1,4 +1,4 @@
-//! 16 levels fitted to a tensor: where its values lie on the scale of their groups, weighted by what their errors cost.
+//! Levels fitted to a tensor: where its values lie on the scale of their groups, weighted by what their errors cost.
 //!
 //! Scales and codes by the search under some levels, then each level moved to the weighted mean of what is coded by it,
 //! in turns (Lloyd's algorithm), until the error no longer falls. Levels are integers of 8 bits, the largest one 127, so
@@ -19,29 +19,32 @@ const TOP: f32 = 127.0;
 ///
 /// # Errors
 /// The spec's grid isn't a table of integers, or the tensor can't be quantized by it.
-pub fn learn_levels(input: &AlgoInput) -> Result<[i8; LANES]> {
-    let Grid::Table(table @ (Table::Iq4Nl | Table::Int8(_))) = input.spec.grid else {
-        return Err(input.refuse(format!("levels of {} can't be learned, wanted a table of integers", input.spec)));
+pub fn learn_levels(input: &AlgoInput) -> Result<Table> {
+    let mut table = match input.spec.grid {
+        Grid::Table(table) if table != Table::Nf4 => rounded(&table.levels()[..table.count()]),
+        _ => {
+            return Err(input.refuse(format!("levels of {} can't be learned, wanted a table of integers", input.spec)));
+        }
     };
-    let mut levels = rounded(table.levels());
-    let mut best = (f64::INFINITY, levels);
+    let mut best = (f64::INFINITY, table);
     for _ in 0..ROUNDS {
-        let spec = QuantSpec { grid: Grid::Table(Table::Int8(levels)), ..input.spec.clone() };
+        let spec = QuantSpec { grid: Grid::Table(table), ..input.spec.clone() };
         let tensor = rows::quantize(&AlgoInput { spec: &spec, ..*input }, Method::Search)?;
         let (error, means) = fit(input, &tensor);
         if error >= best.0 * 0.999 {
             break;
         }
-        best = (error, levels);
-        levels = rounded(means);
+        best = (error, table);
+        table = rounded(&means[..table.count()]);
     }
     Ok(best.1)
 }
 
-/// The weighted error, and the level that would have been best for each code.
+/// The weighted error, and the level that would have been best for each code there is.
 fn fit(input: &AlgoInput, tensor: &QTensor) -> (f64, [f32; LANES]) {
     let k = input.shape[1].max(1);
     let (size, levels) = (tensor.spec.group_size(k), tensor.spec.levels());
+    let level = |code: usize| levels.get(code).copied().unwrap_or_default();
     let (mut error, mut up, mut down) = (0.0, [0f64; LANES], [0f64; LANES]);
     let mut weights = vec![0.0; k];
     for (r, (x, codes)) in input.weight.chunks(k).zip(tensor.codes.chunks(k)).enumerate() {
@@ -49,30 +52,34 @@ fn fit(input: &AlgoInput, tensor: &QTensor) -> (f64, [f32; LANES]) {
         for (i, ((x, w), code)) in x.iter().zip(&weights).zip(codes).enumerate() {
             let (scale, code) = (tensor.scale(r, i / size) as f64, *code as usize & (LANES - 1));
             let (x, w) = (*x as f64, *w as f64);
-            error += w * (x - scale * levels[code] as f64).powi(2);
+            error += w * (x - scale * level(code) as f64).powi(2);
             up[code] += w * scale * x;
             down[code] += w * scale * scale;
         }
     }
-    let mean = |code: usize| if down[code] > 0.0 { (up[code] / down[code]) as f32 } else { levels[code] };
+    let mean = |code: usize| if down[code] > 0.0 { (up[code] / down[code]) as f32 } else { level(code) };
     (error, std::array::from_fn(mean))
 }
 
-/// Ascending integers in the proportions of `levels`, the largest magnitude 127.
-fn rounded(levels: [f32; LANES]) -> [i8; LANES] {
+/// Ascending integers in the proportions of the 8 or 16 `levels`, the largest magnitude 127.
+fn rounded(levels: &[f32]) -> Table {
     let peak = levels.iter().fold(0f32, |m, l| m.max(l.abs())).max(f32::MIN_POSITIVE);
-    let mut whole = levels.map(|l| (l * TOP / peak).round_ties_even() as i32);
+    let last = levels.len() - 1;
+    let mut whole: Vec<i32> = levels.iter().map(|l| (l * TOP / peak).round_ties_even() as i32).collect();
     whole.sort_unstable();
     // Levels that have met are set apart, upwards and then down from the top; zero stays inside.
-    for i in 1..LANES {
+    for i in 1..=last {
         whole[i] = whole[i].max(whole[i - 1] + 1);
     }
-    whole[LANES - 1] = whole[LANES - 1].clamp(1, TOP as i32);
-    for i in (0..LANES - 1).rev() {
+    whole[last] = whole[last].clamp(1, TOP as i32);
+    for i in (0..last).rev() {
         whole[i] = whole[i].min(whole[i + 1] - 1);
     }
     whole[0] = whole[0].min(-1);
-    whole.map(|l| l as i8)
+    match last {
+        7 => Table::Eight(std::array::from_fn(|i| whole[i] as i8)),
+        _ => Table::Int8(std::array::from_fn(|i| whole[i.min(last)] as i8)),
+    }
 }
 
 #[cfg(test)]
@@ -85,9 +92,13 @@ mod tests {
         let cases =
             [[0.0; LANES], [1.0; LANES], [-3.0; LANES], spread, spread.map(|l| l * 1e-3), spread.map(|l| l.powi(3))];
         for levels in cases {
-            let table = rounded(levels);
-            assert!(table.is_sorted_by(|a, b| a < b) && table[0] < 0 && table[15] > 0, "{levels:?}: {table:?}");
+            for count in [8, 16] {
+                let table = rounded(&levels[..count]);
+                let made = &table.levels()[..count];
+                assert!(table.count() == count && made.is_sorted_by(|a, b| a < b), "{levels:?}: {table:?}");
+                assert!(made[0] < 0.0 && made[count - 1] > 0.0, "{levels:?}: {table:?}");
+            }
         }
-        assert_eq!(rounded(spread.map(|l| l * 9.0))[15], 127);
+        assert_eq!(rounded(&spread.map(|l| l * 9.0)).levels()[15], 127.0);
     }
 }

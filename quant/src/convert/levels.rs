@@ -72,11 +72,11 @@ pub fn levels_of(
     spec: &QuantSpec,
     importance: &[f32],
 ) -> Result<Option<Grid>> {
-    if !matches!(spec.grid, Grid::Table(Table::Int8(_) | Table::Iq4Nl)) {
+    if !matches!(spec.grid, Grid::Table(Table::Int8(_) | Table::Eight(_) | Table::Iq4Nl)) {
         return Ok(None);
     }
     let (weight, k) = some_rows(source, info)?;
-    let levels = learn_levels(&AlgoInput {
+    let table = learn_levels(&AlgoInput {
         name: &info.name,
         weight: &weight,
         shape: [weight.len() / k.max(1), k],
@@ -85,7 +85,7 @@ pub fn levels_of(
         calibrated: None,
         seed: 0,
     })?;
-    Ok(Some(Grid::Table(Table::Int8(levels))))
+    Ok(Some(Grid::Table(table)))
 }
 
 fn some_rows(source: &dyn TensorSource, info: &TensorInfo) -> Result<(Vec<f32>, usize)> {
