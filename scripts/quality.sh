@@ -87,7 +87,7 @@ both yaqa --algorithm yaqa
 turned hadamard hadamard --algorithm descent
 turned awq awq --algorithm descent
 # Schemes, rounded plainly and as they are by default.
-for scheme in int3-g32-dq int4-g32-dq int5-g32-dq int6-g32-dq int8-g32-dq int4-g64-asym-dq nf4-dq; do
+for scheme in int3-g32-dq int3-nl-g32-dq int4-g32-dq int5-g32-dq int6-g32-dq int8-g32-dq int4-g64-asym-dq nf4-dq; do
     way "$scheme-rtn" --scheme "$scheme" --algorithm rtn
     inputs "$scheme" --scheme "$scheme" --algorithm descent
 done

@@ -89,6 +89,59 @@ pub fn add_multiple<S: Simd>(s: S, to: &mut [f32], from: &[f32], by: f32) {
     }
 }
 
+/// `out[i] = a . rows[i]`: rows of as many values as `a` has, one after the other.
+///
+/// # Panics
+/// If there are less rows than `out` has places.
+#[inline(always)]
+pub fn dots<S: Simd>(s: S, a: &[f32], rows: &[f32], out: &mut [f32]) {
+    let (width, whole) = (a.len(), out.len() / 4 * 4);
+    for first in (0..whole).step_by(4) {
+        let mut sums = [s.splat(0.0); 4];
+        for col in (0..width).step_by(LANES) {
+            let cols = col..(col + LANES).min(width);
+            let x = s.load_partial(&a[cols.clone()]);
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let row = &rows[(first + i) * width..(first + i + 1) * width];
+                *sum = s.fma(x, s.load_partial(&row[cols.clone()]), *sum);
+            }
+        }
+        for i in 0..4 {
+            out[first + i] = s.sum(sums[i]);
+        }
+    }
+    for i in whole..out.len() {
+        out[i] = dot(s, a, &rows[i * width..(i + 1) * width]);
+    }
+}
+
+/// `to += sum of by[i] * rows[i]`: rows of as many values as `to` has, one after the other.
+///
+/// # Panics
+/// If there are less rows than `by` has numbers.
+#[inline(always)]
+pub fn add_rows<S: Simd>(s: S, to: &mut [f32], rows: &[f32], by: &[f32]) {
+    let (width, whole) = (to.len(), by.len() / 4 * 4);
+    for first in (0..whole).step_by(4) {
+        let mut factors = [s.splat(0.0); 4];
+        for i in 0..4 {
+            factors[i] = s.splat(by[first + i]);
+        }
+        for col in (0..width).step_by(LANES) {
+            let cols = col..(col + LANES).min(width);
+            let mut sum = s.load_partial(&to[cols.clone()]);
+            for (i, factor) in factors.iter().enumerate() {
+                let row = &rows[(first + i) * width..(first + i + 1) * width];
+                sum = s.fma(*factor, s.load_partial(&row[cols.clone()]), sum);
+            }
+            s.store_partial(sum, &mut to[cols]);
+        }
+    }
+    for i in whole..by.len() {
+        add_multiple(s, to, &rows[i * width..(i + 1) * width], by[i]);
+    }
+}
+
 /// Does `op` with the instructions of `isa`, or with portable ones if this CPU lacks them.
 pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
     #[cfg(target_arch = "x86_64")]

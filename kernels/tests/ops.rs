@@ -13,6 +13,8 @@ mod pick;
 mod quick;
 #[path = "ops/rows.rs"]
 mod rows;
+#[path = "ops/sums.rs"]
+mod sums;
 
 use nibble_kernels::{Isa, Ops, Pool};
 use rand::rngs::StdRng;

@@ -7,8 +7,13 @@
 
 use candle_core::{CpuStorage, CustomOp3, Device, Error, Layout, Result, Shape, Tensor};
 use nibble_kernels::Isa;
-use nibble_kernels::simd::{Simd, SimdOp, add_multiple, dispatch, dot};
+use nibble_kernels::ops::math;
+use nibble_kernels::simd::{LANES, Simd, SimdOp, add_rows, dispatch, dot, dots};
 use rayon::prelude::*;
+use std::ops::Range;
+
+/// Queries whose gradients go to a key at once.
+const QUERIES: usize = 4;
 
 /// What is the same for all heads.
 #[derive(Debug, Clone, Copy)]
@@ -26,24 +31,39 @@ impl Attention {
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, self)
     }
 
-    /// Scores of query `i` against the keys it sees, as shares; gives the first of these keys.
+    /// The keys that query `i` sees.
+    fn seen(&self, i: usize) -> Range<usize> {
+        self.window.map_or(0, |window| (i + 1).saturating_sub(window))..i + 1
+    }
+
+    /// Scores of query `i` against the keys it sees, as shares in their places.
     #[inline(always)]
-    fn shares<S: Simd>(&self, s: S, head: Head, i: usize, shares: &mut Vec<f32>) -> usize {
-        let first = self.window.map_or(0, |window| (i + 1).saturating_sub(window));
-        let q = head.row(head.q, i);
-        shares.clear();
-        shares.extend((first..=i).map(|j| {
-            let score = self.scale * dot(s, q, head.row(head.k, j));
-            self.softcap.map_or(score, |cap| cap * (score / cap).tanh())
-        }));
-        let most = shares.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
-        let mut sum = 0.0;
-        for share in shares.iter_mut() {
-            *share = (*share - most).exp();
-            sum += *share;
+    fn shares<S: Simd>(&self, s: S, head: Head, i: usize, shares: &mut [f32]) {
+        let keys = self.seen(i);
+        let shares = &mut shares[keys.clone()];
+        dots(s, head.row(head.q, i), &head.k[keys.start * head.width..], shares);
+        let mut most = f32::NEG_INFINITY;
+        for score in shares.iter_mut() {
+            *score *= self.scale;
         }
-        shares.iter_mut().for_each(|share| *share /= sum);
-        first
+        if let Some(cap) = self.softcap {
+            for part in shares.chunks_mut(LANES) {
+                let soft = math::tanh(s, s.div(s.load_partial(part), s.splat(cap)));
+                s.store_partial(s.mul(s.splat(cap), soft), part);
+            }
+        }
+        for score in shares.iter() {
+            most = most.max(*score);
+        }
+        let mut sum = s.splat(0.0);
+        for part in shares.chunks_mut(LANES) {
+            s.store_partial(math::exp(s, s.sub(s.load_partial(part), s.splat(most))), part);
+            sum = s.add(sum, s.load_partial(part));
+        }
+        let by = 1.0 / s.sum(sum);
+        for share in shares.iter_mut() {
+            *share *= by;
+        }
     }
 }
 
@@ -74,12 +94,12 @@ impl SimdOp for Forward<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let mut shares = Vec::new();
-        for (i, out) in self.out.chunks_exact_mut(self.head.width).enumerate() {
-            let first = self.op.shares(s, self.head, i, &mut shares);
-            for (j, share) in shares.iter().enumerate() {
-                add_multiple(s, out, self.head.row(self.head.v, first + j), *share);
-            }
+        let head = self.head;
+        let mut shares = vec![0f32; self.out.len() / head.width.max(1)];
+        for (i, out) in self.out.chunks_exact_mut(head.width).enumerate() {
+            self.op.shares(s, head, i, &mut shares);
+            let keys = self.op.seen(i);
+            add_rows(s, out, &head.v[keys.start * head.width..], &shares[keys]);
         }
     }
 }
@@ -104,25 +124,45 @@ impl SimdOp for Back<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let Back { op, q, k, v, width, gradient, dq, dk, dv } = self;
-        let mut shares = Vec::new();
-        let mut by_share = Vec::new();
+        let tokens = k.len() / width.max(1);
+        // Of a few queries at a time, (queries, tokens): keys and values take in all of them at once.
+        let (mut shares, mut slopes) = (vec![0f32; QUERIES * tokens], vec![0f32; QUERIES * tokens]);
         let each = q.chunks_exact(k.len()).zip(gradient.chunks_exact(k.len())).zip(dq.chunks_exact_mut(k.len()));
         for ((q, gradient), dq) in each {
             let head = Head { width, q, k, v };
-            for (i, (g, dq)) in gradient.chunks_exact(width).zip(dq.chunks_exact_mut(width)).enumerate() {
-                let first = op.shares(s, head, i, &mut shares);
-                by_share.clear();
-                by_share.extend((0..shares.len()).map(|j| dot(s, g, head.row(v, first + j))));
-                let mean: f32 = shares.iter().zip(&by_share).map(|(p, d)| p * d).sum();
-                for (j, (p, d)) in shares.iter().zip(&by_share).enumerate() {
-                    let at = (first + j) * width..(first + j + 1) * width;
-                    add_multiple(s, &mut dv[at.clone()], g, *p);
-                    let mut by = p * (d - mean) * op.scale;
-                    if let Some(cap) = op.softcap {
-                        by *= 1.0 - (op.scale * dot(s, head.row(q, i), &k[at.clone()]) / cap).tanh().powi(2);
+            for from in (0..tokens).step_by(QUERIES) {
+                let queries = from..(from + QUERIES).min(tokens);
+                shares.fill(0.0);
+                slopes.fill(0.0);
+                for i in queries.clone() {
+                    let row = (i - from) * tokens..(i - from + 1) * tokens;
+                    let (p, by) = (&mut shares[row.clone()], &mut slopes[row]);
+                    op.shares(s, head, i, p);
+                    let keys = op.seen(i);
+                    let k = &k[keys.start * width..];
+                    let (p, by) = (&p[keys.clone()], &mut by[keys.clone()]);
+                    dots(s, head.row(gradient, i), &v[keys.start * width..], by);
+                    let mean = dot(s, p, by);
+                    for (by, p) in by.iter_mut().zip(p) {
+                        *by = p * (*by - mean) * op.scale;
                     }
-                    add_multiple(s, dq, &k[at.clone()], by);
-                    add_multiple(s, &mut dk[at], head.row(q, i), by);
+                    if let Some(cap) = op.softcap {
+                        for (j, by) in by.iter_mut().enumerate() {
+                            let score = op.scale * dot(s, head.row(q, i), head.row(k, j));
+                            *by *= 1.0 - (score / cap).tanh().powi(2);
+                        }
+                    }
+                    add_rows(s, &mut dq[i * width..(i + 1) * width], k, by);
+                }
+                let (q, gradient) = (&q[from * width..], &gradient[from * width..]);
+                for j in op.seen(from).start..queries.end {
+                    let (mut p, mut by) = ([0f32; QUERIES], [0f32; QUERIES]);
+                    for i in 0..queries.len() {
+                        (p[i], by[i]) = (shares[i * tokens + j], slopes[i * tokens + j]);
+                    }
+                    let at = j * width..(j + 1) * width;
+                    add_rows(s, &mut dv[at.clone()], gradient, &p[..queries.len()]);
+                    add_rows(s, &mut dk[at], q, &by[..queries.len()]);
                 }
             }
         }

@@ -102,20 +102,6 @@ impl Rule {
         levels.windows(2).filter(|w| w[0] < w[1] && (w[0] + w[1]) / 2.0 < y).count() as u8
     }
 
-    /// The place among codes, a fraction, of which `y` is the level: between the levels of a table by how far it lies from
-    /// one to the next, beyond its ends as if they went on.
-    #[inline(always)]
-    pub(super) fn place(&self, y: f32, zero: i32) -> f32 {
-        match &self.table {
-            Some(levels) => {
-                let last = levels.partition_point(|level| *level < levels[LANES - 1]);
-                let at = levels[1..last].iter().filter(|level| **level <= y).count();
-                at as f32 + (y - levels[at]) / (levels[at + 1] - levels[at])
-            }
-            None => y + zero as f32,
-        }
-    }
-
     /// Fits one group. `levels` is scratch of the group's length.
     #[inline(always)]
     pub(super) fn fit<S: Simd>(&self, s: S, group: Group, method: Method, levels: &mut [f32]) -> Fit {

@@ -12,6 +12,45 @@ pub(super) trait Grid<S: Simd>: Copy {
     fn beside(self, s: S, level: S::F32, up: S::Mask) -> S::F32;
 }
 
+/// The place of a value among the levels of a table, a fraction: between two levels by how far it lies from one to the next,
+/// beyond the ends as if they went on.
+#[derive(Clone, Copy)]
+pub(super) struct Places<S: Simd> {
+    levels: S::F32,
+    /// Where the next pair of levels begins.
+    begins: S::F32,
+    /// One over the distance to the next level.
+    gaps: S::F32,
+}
+
+impl<S: Simd> Places<S> {
+    #[inline(always)]
+    pub(super) fn new(s: S, levels: &[f32; LANES]) -> Self {
+        let (mut begins, mut gaps) = ([f32::INFINITY; LANES], [0f32; LANES]);
+        for i in 0..LANES - 1 {
+            if levels[i] < levels[i + 1] {
+                gaps[i] = 1.0 / (levels[i + 1] - levels[i]);
+                // After the last pair there is none.
+                if i + 2 < LANES && levels[i + 1] < levels[i + 2] {
+                    begins[i] = levels[i + 1];
+                }
+            }
+        }
+        Places { levels: s.load(levels), begins: s.load(&begins), gaps: s.load(&gaps) }
+    }
+
+    #[inline(always)]
+    pub(super) fn of(self, s: S, y: S::F32) -> S::F32 {
+        let mut at = s.splat(0.0);
+        for bit in [8, 4, 2, 1] {
+            let begin = s.lookup(self.begins, s.to_i32(s.add(at, s.splat((bit - 1) as f32))));
+            at = s.select(s.lt(begin, y), s.add(at, s.splat(bit as f32)), at);
+        }
+        let index = s.to_i32(at);
+        s.fma(s.sub(y, s.lookup(self.levels, index)), s.lookup(self.gaps, index), at)
+    }
+}
+
 /// Evenly spaced levels `low..=high`; code = level + `zero`.
 #[derive(Clone, Copy)]
 pub(super) struct Even<S: Simd> {

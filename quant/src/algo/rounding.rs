@@ -9,7 +9,10 @@
 //! the codes of some other algorithm are what rounding gives, as near to no offset as that goes.
 
 use super::fit::{Rule, inverse};
+use super::grid::Places;
 use crate::{FloatFormat, Granularity, OutlierSpec, QTensor, ScaleData, ScaleFormat};
+use nibble_kernels::Isa;
+use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
 use rayon::prelude::*;
 
 /// How far an offset keeps from where its code would change, in the beginning.
@@ -124,6 +127,7 @@ impl Rounding {
     fn move_scales(&mut self, weight: &[f32], gradient: &[f32], clip: f32) {
         let [_, k] = self.tensor.shape;
         let (rule, ends) = (self.rule, self.ends());
+        let [first, last] = [ends.0, ends.1].map(|code| code as u8);
         let (size, groups) = (self.tensor.spec.group_size(k), self.tensor.groups());
         let tensor = &self.tensor;
         let rows = self.factors.par_chunks_mut(groups).zip(weight.par_chunks(k)).zip(gradient.par_chunks(k));
@@ -131,14 +135,14 @@ impl Rounding {
             for (g, factor) in factors.iter_mut().enumerate() {
                 let (scale, min, zero) = (tensor.scale(r, g), tensor.min(r, g), tensor.zero(r, g));
                 let by = inverse(scale);
-                let cols = g * size..((g + 1) * size).min(k);
-                let pulls = cols.map(|j| {
+                let reach = rule.level(first, zero)..=rule.level(last, zero);
+                let mut pull = 0.0;
+                for j in g * size..((g + 1) * size).min(k) {
                     let level = rule.level(tensor.codes[r * k + j], zero);
                     let y = (weight[j] - min) * by;
-                    let within = (ends.0..=ends.1).contains(&rule.place(y, zero));
-                    gradient[j] * if within { level - y } else { level }
-                });
-                let pull = pulls.sum::<f32>() * scale;
+                    pull += gradient[j] * if reach.contains(&y) { level - y } else { level };
+                }
+                let pull = pull * scale;
                 if pull != 0.0 {
                     *factor = (*factor - clip * pull.signum()).clamp(1.0 - CLIP, 1.0 + CLIP);
                 }
@@ -150,14 +154,43 @@ impl Rounding {
 
     /// Places under the scales as they are.
     fn place(&mut self, weight: &[f32]) {
-        let (rule, tensor, k) = (self.rule, &self.tensor, self.tensor.shape[1]);
-        let size = tensor.spec.group_size(k);
-        self.places.par_chunks_mut(k).zip(weight.par_chunks(k)).enumerate().for_each(|(r, (places, weight))| {
-            for (g, (places, weight)) in places.chunks_mut(size).zip(weight.chunks(size)).enumerate() {
-                let (by, min, zero) = (inverse(tensor.scale(r, g)), tensor.min(r, g), tensor.zero(r, g));
-                places.iter_mut().zip(weight).for_each(|(place, w)| *place = rule.place((w - min) * by, zero));
-            }
+        let (rule, tensor, k) = (&self.rule, &self.tensor, self.tensor.shape[1]);
+        let isa = Isa::best();
+        self.places.par_chunks_mut(k).zip(weight.par_chunks(k)).enumerate().for_each(|(row, (places, weight))| {
+            simd::dispatch(isa, PlaceRow { tensor, rule, row, weight, places });
         });
+    }
+}
+
+/// Places of a row's values among the codes of their groups.
+struct PlaceRow<'a> {
+    tensor: &'a QTensor,
+    rule: &'a Rule,
+    row: usize,
+    weight: &'a [f32],
+    places: &'a mut [f32],
+}
+
+impl SimdOp for PlaceRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let PlaceRow { tensor, rule, row, weight, places } = self;
+        let size = tensor.spec.group_size(weight.len());
+        let table = rule.table.as_ref().map(|levels| Places::new(s, levels));
+        for (g, (places, weight)) in places.chunks_mut(size).zip(weight.chunks(size)).enumerate() {
+            let (by, min) = (s.splat(inverse(tensor.scale(row, g))), s.splat(tensor.min(row, g)));
+            let zero = s.splat(tensor.zero(row, g) as f32);
+            for (places, weight) in places.chunks_mut(LANES).zip(weight.chunks(LANES)) {
+                let y = s.mul(s.sub(s.load_partial(weight), min), by);
+                let place = match table {
+                    Some(table) => table.of(s, y),
+                    None => s.add(y, zero),
+                };
+                s.store_partial(place, places);
+            }
+        }
     }
 }
 
