@@ -253,11 +253,18 @@ fn converter(dtype: Dtype) -> Option<Convert> {
     })
 }
 
+/// The place of the first value that is bad. Stretches of values are judged without a branch in them: most have none that is.
+pub(crate) fn first<T: Sync>(values: &[T], bad: impl Fn(&T) -> bool + Sync) -> Option<usize> {
+    let holds = |stretch: &[T]| stretch.iter().fold(false, |found, value| found | bad(value));
+    let from = CHUNK * values.par_chunks(CHUNK).position_first(holds)?;
+    values[from..].iter().position(bad).map(|at| from + at)
+}
+
 /// Where the first value is that isn't finite, in the bytes of a float type; none for other types.
 pub fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     // All ones in the exponent are infinities and NaNs.
     fn find<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
-        bytes.as_chunks::<N>().0.par_iter().position_first(|b| bad(*b))
+        first(bytes.as_chunks::<N>().0, |b| bad(*b))
     }
     match dtype {
         Dtype::F16 => find(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
@@ -274,9 +281,7 @@ pub fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
 /// # Errors
 /// If the type isn't F32, F16 or BF16, or a finite value doesn't fit into it.
 pub fn encode_f32(name: &str, values: &[f32], dtype: Dtype) -> Result<Vec<u8>> {
-    if let (Dtype::F16, Some(at)) =
-        (dtype, values.par_iter().position_first(|v| v.is_finite() && f16::from_f32(*v).is_infinite()))
-    {
+    if let (Dtype::F16, Some(at)) = (dtype, first(values, |v| v.is_finite() && f16::from_f32(*v).is_infinite())) {
         return Err(tensor_error(name, format!("value {} at {at} doesn't fit into F16", values[at])));
     }
     let size = match dtype {
@@ -295,4 +300,32 @@ pub fn encode_f32(name: &str, values: &[f32], dtype: Dtype) -> Result<Vec<u8>> {
         _ => bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(b, v)| *b = bf16::from_f32(*v).to_le_bytes()),
     });
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_found_wherever_it_is() {
+        let count = 2 * CHUNK + 77;
+        let good = vec![1f32; count];
+        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        assert_eq!(first_non_finite(Dtype::F32, &bytes(&good)), None);
+        for at in [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, count - 1] {
+            let mut values = good.clone();
+            values[at] = f32::NAN;
+            values[count - 1] = f32::INFINITY;
+            assert_eq!(first_non_finite(Dtype::F32, &bytes(&values)), Some(at));
+            assert_eq!(first(&values, |v| !v.is_finite()), Some(at));
+        }
+        let half = |v: f32| [f16::from_f32(v).to_le_bytes(), bf16::from_f32(v).to_le_bytes()];
+        for (i, dtype) in [Dtype::F16, Dtype::BF16].into_iter().enumerate() {
+            let mut bytes: Vec<u8> = [1.0, -65504.0, 0.0].iter().flat_map(|v| half(*v)[i]).collect();
+            assert_eq!(first_non_finite(dtype, &bytes), None, "{dtype}");
+            bytes.extend(half(f32::NEG_INFINITY)[i]);
+            assert_eq!(first_non_finite(dtype, &bytes), Some(3), "{dtype}");
+        }
+        assert_eq!(first_non_finite(Dtype::F64, &1e300f64.to_le_bytes()), Some(0));
+    }
 }
