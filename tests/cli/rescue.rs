@@ -62,6 +62,8 @@ fn a_goal_is_reached_or_refused() {
     assert!(told.ok().contains("models measured"), "{}", told.stdout);
     let tight = quantize(&["--max-size", "0.0001"]);
     assert!(tight.error(1).contains("weights in 4 bits"), "{}", tight.stderr);
+    let without = quantize(&["--max-size", "0.0001", "--target", "tensorrt"]);
+    assert!(without.error(1).contains("with all layers in integers"), "{}", without.stderr);
     // Time is measured: everything fits into a hundred times the float model's, and nothing into a ten-thousandth.
     let fits = quantize(&["--max-latency", "100", "--rounds", "2"]).json();
     assert!(fits["mixed"]["chosen"]["measured"].as_f64().unwrap() <= 100.0 && fits["quantized_nodes"] == 0, "{fits}");

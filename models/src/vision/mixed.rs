@@ -145,7 +145,10 @@ pub fn allocate(
     let graph = Graph::new(prepared.model.graph())?;
     let layers = layers(&graph, &prepared.plan);
     let packed = match goal {
-        Goal::Bytes(most) => prepared.quantize()?.proto.encoded_len() as u64 > most,
+        // Other runtimes have no products of packed weights.
+        Goal::Bytes(most) if prepared.plan.settings.target == Target::OnnxRuntime => {
+            prepared.quantize()?.proto.encoded_len() as u64 > most
+        }
         _ => false,
     };
     let choices = choices(prepared, &graph, layers, packed, effects_of, judge, progress)?;
@@ -169,7 +172,8 @@ pub fn allocate(
     if !search.measure(&path, &kept)?.good {
         let reached = search.measure(&path, &kept)?;
         let why = match goal {
-            Goal::Bytes(_) => format!("{} bytes with all linear layers' weights in 4 bits", reached.bytes),
+            Goal::Bytes(_) if packed => format!("{} bytes with all linear layers' weights in 4 bits", reached.bytes),
+            Goal::Bytes(_) => format!("{} bytes with all layers in integers", reached.bytes),
             Goal::Time(_) => {
                 format!("{:.3} of the float model's time with all layers in integers", reached.measured.unwrap_or(1.0))
             }
