@@ -227,3 +227,50 @@ fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
         _ => Err(Error::Msg(format!("attention takes contiguous f32, got {:?}", layout.shape()))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    const TOKENS: usize = 11;
+    const WIDTH: usize = 20;
+
+    fn numbers(seed: usize, heads: usize) -> Var {
+        let value = |i: usize| (((i * 37 + seed * 101) % 211) as f32 / 211.0 - 0.5) * 1.5;
+        let values = (0..heads * TOKENS * WIDTH).map(value).collect();
+        Var::from_vec(values, (heads, TOKENS, WIDTH), &Device::Cpu).unwrap()
+    }
+
+    /// More tokens than queries go at once, a width of no whole vector, two heads a key, and a part of the keys seen.
+    #[test]
+    fn gradients_are_slopes() {
+        for (window, softcap) in [(None, None), (Some(4), None), (None, Some(0.7)), (Some(6), Some(0.5))] {
+            let op = Attention { heads: 4, kv_heads: 2, scale: 0.6, softcap, window };
+            let inputs = [numbers(1, 4), numbers(2, 2), numbers(3, 2)];
+            let wanted = numbers(4, 4);
+            let loss =
+                |[q, k, v]: [&Tensor; 3]| (op.apply(q, k, v).unwrap() * wanted.as_tensor()).unwrap().sum_all().unwrap();
+            let all = [inputs[0].as_tensor(), inputs[1].as_tensor(), inputs[2].as_tensor()];
+            let gradients = loss(all).backward().unwrap();
+            for which in 0..3 {
+                let slopes = gradients.get(&inputs[which]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let values = inputs[which].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                for at in (0..values.len()).step_by(29) {
+                    let moved = |by: f32| {
+                        let mut values = values.clone();
+                        values[at] += by;
+                        let tensor = Tensor::from_vec(values, inputs[which].shape(), &Device::Cpu).unwrap();
+                        let mut all = all;
+                        all[which] = &tensor;
+                        loss(all).to_scalar::<f32>().unwrap() as f64
+                    };
+                    let slope = (moved(0.02) - moved(-0.02)) / 0.04;
+                    let off = (slope - f64::from(slopes[at])).abs();
+                    assert!(off < 2e-3 + 0.01 * slope.abs(), "{op:?}, {which} at {at}: {} and {slope}", slopes[at]);
+                }
+                assert!(slopes.iter().any(|s| s.abs() > 0.01), "{op:?}: nothing to compare");
+            }
+        }
+    }
+}
