@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! int4      levels -8..7, signed scale            -g32      groups of 32 along K
-//! int4-nl   16 non-linear levels of 6 bits (int3-nl: 8)       -channel  one group a row
+//! int4-nl   16 non-linear levels of 6 bits        -channel  one group a row
+//! int3-nl   8 of them
 //! nf4       QLoRA's normal-float levels           -asym     integer zero points; -min: float minimums
 //!                                                 -dq       6-bit scales against an f16 a row (-dq8: 8-bit,
 //!                                                           -dq256: an f16 for every 256 values)
@@ -44,7 +45,7 @@ const IQ4: Grid = Grid::Table(Table::Iq4Nl);
 /// Fitted, starting from IQ4_NL's, to groups of 32 normal and Student-t (5 degrees of freedom) values with the best scale
 /// each; within 0.1 dB of IQ4_NL's there.
 const NL: Grid = Grid::Table(Table::Int8([-31, -25, -20, -16, -12, -8, -5, -2, 1, 4, 7, 10, 13, 17, 22, 28]));
-/// Fitted to the same values, from normal ones' best levels on: 0.9 dB above the 8 levels of integers there.
+/// Fitted to the same values, from normal ones' best levels on: 0.8 dB above the 8 levels of integers there.
 const NL3: Grid = Grid::Table(Table::Eight([-31, -18, -10, -4, 2, 7, 15, 25]));
 const NF4: Grid = Grid::Table(Table::Nf4);
 

@@ -165,6 +165,11 @@ impl Table {
         if matches!(self, Table::Eight(_)) { 8 } else { 16 }
     }
 
+    /// Whether its levels are integers, as those that are learned are.
+    pub fn of_integers(&self) -> bool {
+        *self != Table::Nf4
+    }
+
     /// The levels of a table of integers that may be other ones; `None` for the tables that are given.
     fn own(&self) -> Option<&[i8]> {
         match self {

@@ -8,12 +8,13 @@ use nibble_models::qat::adaround::{Learning, learn};
 use nibble_models::vision::calibrate::equalize_weights;
 use nibble_models::vision::data::Data;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare};
+use nibble_quant::observer::{IntGrid, IntType};
 use nibble_quant::onnx::equalize::absorb::{self, Moments, absorb};
 use nibble_quant::onnx::equalize::layers::costs;
-use nibble_quant::onnx::plan::Stored;
+use nibble_quant::onnx::plan::{Stored, Target};
 use nibble_quant::onnx::tensor::{floats, from_f32};
 use nibble_quant::onnx::weights::Rounding;
-use nibble_quant::onnx::{External, Graph, Model, Settings};
+use nibble_quant::onnx::{External, Graph, Mode, Model, Settings};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -220,6 +221,20 @@ fn onnxruntime_leaves_layers_float_that_are_to_be_float() {
         assert!((there - here).abs() < 1.0, "{reads}: {there} dB in onnxruntime, {here} dB here");
     }
     assert_eq!(sizes[0] - sizes[1], 2 * 16 * 9, "half precision is two bytes less a weight");
+}
+
+#[test]
+fn a_gemm_makes_integers_for_a_float_operator_where_the_runtime_needs_it() {
+    let mut float = mlp(&[1, 32], true);
+    let folded = fold_model(&mut float, 1).unwrap();
+    let ort = Settings { exclude: vec!["weight:w2".parse().unwrap()], ..Settings::default() };
+    let tensorrt = Settings { target: Target::TensorRt, activation: IntGrid::symmetric(IntType::S8), ..ort.clone() };
+    let dynamic = Settings { mode: Mode::Dynamic, ..ort.clone() };
+    for (settings, scaled) in [(ort, true), (tensorrt, false), (dynamic, false)] {
+        let plan = nibble_quant::onnx::plan(&float, &settings, &folded).unwrap();
+        assert_eq!(plan.quantized(), 1);
+        assert_eq!(plan.scales.contains_key("r"), scaled, "{settings:?}: {:?}", plan.scales);
+    }
 }
 
 #[test]

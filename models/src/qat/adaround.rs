@@ -104,8 +104,7 @@ pub fn learn(
         let tensor = graph.constant(node.arg(1)).filter(|t| elements(t).is_ok_and(|n| n > 0));
         let (Some(name), Some(tensor)) = (alone, tensor) else { continue };
         let inputs = calibration.inputs_of(&graph, node);
-        let first = node.is("Conv") || node.is("Gemm") && node.int("transB", 0) != 0;
-        let layout = if first { Layout::Rows } else { Layout::Columns };
+        let layout = Layout::of(node);
         let (shape, exact) = rows(tensor, layout)?;
         let whole = !inputs.is_empty() && shape[0] % inputs.len() == 0;
         let Some(moments) = moments(inputs)?.filter(|m| whole && m.dims().get(1) == Some(&shape[1])) else { continue };

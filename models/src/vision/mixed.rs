@@ -23,6 +23,7 @@ use crate::{ModelError, Result};
 use nibble_quant::Range;
 use nibble_quant::onnx::plan::{Kind, Stored, Target};
 use nibble_quant::onnx::tensor::floats;
+use nibble_quant::onnx::weights::{self, Layout};
 use nibble_quant::onnx::{Fine, Graph, Mode, Model, Selector, Settings};
 use prost::Message;
 use serde::{Deserialize, Serialize};
@@ -220,8 +221,10 @@ fn choices(
         }
         // A layer of less than a group has little to gain, and one of a part of a group more can't be run here.
         let linear = prepared.plan.kind(layer.id).is_some_and(|kind| Stored::Int4.possible(*kind));
-        let whole = inner(graph, layer).is_some_and(|k| k > 0 && k % Stored::GROUP == 0);
-        if let Some(selector) = selector(&layer.node).filter(|_| packed && linear && whole) {
+        let node = graph.node(layer.id);
+        let shape = graph.constant(node.arg(1)).filter(|_| linear).map(|w| weights::shape(w, Layout::of(node)));
+        let whole = shape.is_some_and(|[_, k]| k > 0 && k % Stored::GROUP == 0);
+        if let Some(selector) = selector(&layer.node).filter(|_| packed && whole) {
             let stored = [vec![(selector, Stored::Int4)], base.stored.clone()].concat();
             cases.push((layer.id, Precision::Int4, Settings { stored, ..base.clone() }));
         }
@@ -253,15 +256,6 @@ fn choices(
         Ok(LayerChoice { layer, precision, error, multiplications })
     };
     layers.into_iter().map(choice).collect()
-}
-
-/// Values of an output's row of weights of a linear layer.
-fn inner(graph: &Graph, layer: &Layer) -> Option<usize> {
-    let node = graph.node(layer.id);
-    match (node.is("Gemm") && node.int("transB", 0) != 0, layer.shape.as_slice()) {
-        (true, [_, k]) | (false, [k, _]) => Some(*k),
-        _ => None,
-    }
 }
 
 /// Whether half precision holds a layer's weight.

@@ -21,7 +21,7 @@ const TOP: f32 = 127.0;
 /// The spec's grid isn't a table of integers, or the tensor can't be quantized by it.
 pub fn learn_levels(input: &AlgoInput) -> Result<Table> {
     let mut table = match input.spec.grid {
-        Grid::Table(table) if table != Table::Nf4 => rounded(&table.levels()[..table.count()]),
+        Grid::Table(table) if table.of_integers() => rounded(&table.levels()[..table.count()]),
         _ => {
             return Err(input.refuse(format!("levels of {} can't be learned, wanted a table of integers", input.spec)));
         }
@@ -30,7 +30,7 @@ pub fn learn_levels(input: &AlgoInput) -> Result<Table> {
     for _ in 0..ROUNDS {
         let spec = QuantSpec { grid: Grid::Table(table), ..input.spec.clone() };
         let tensor = rows::quantize(&AlgoInput { spec: &spec, ..*input }, Method::Search)?;
-        let (error, means) = fit(input, &tensor);
+        let (error, means) = fit(input, &tensor, table.levels());
         if error >= best.0 * 0.999 {
             break;
         }
@@ -41,10 +41,9 @@ pub fn learn_levels(input: &AlgoInput) -> Result<Table> {
 }
 
 /// The weighted error, and the level that would have been best for each code there is.
-fn fit(input: &AlgoInput, tensor: &QTensor) -> (f64, [f32; LANES]) {
+fn fit(input: &AlgoInput, tensor: &QTensor, levels: [f32; LANES]) -> (f64, [f32; LANES]) {
     let k = input.shape[1].max(1);
-    let (size, levels) = (tensor.spec.group_size(k), tensor.spec.levels());
-    let level = |code: usize| levels.get(code).copied().unwrap_or_default();
+    let size = tensor.spec.group_size(k);
     let (mut error, mut up, mut down) = (0.0, [0f64; LANES], [0f64; LANES]);
     let mut weights = vec![0.0; k];
     for (r, (x, codes)) in input.weight.chunks(k).zip(tensor.codes.chunks(k)).enumerate() {
@@ -52,12 +51,12 @@ fn fit(input: &AlgoInput, tensor: &QTensor) -> (f64, [f32; LANES]) {
         for (i, ((x, w), code)) in x.iter().zip(&weights).zip(codes).enumerate() {
             let (scale, code) = (tensor.scale(r, i / size) as f64, *code as usize & (LANES - 1));
             let (x, w) = (*x as f64, *w as f64);
-            error += w * (x - scale * level(code) as f64).powi(2);
+            error += w * (x - scale * levels[code] as f64).powi(2);
             up[code] += w * scale * x;
             down[code] += w * scale * scale;
         }
     }
-    let mean = |code: usize| if down[code] > 0.0 { (up[code] / down[code]) as f32 } else { level(code) };
+    let mean = |code: usize| if down[code] > 0.0 { (up[code] / down[code]) as f32 } else { levels[code] };
     (error, std::array::from_fn(mean))
 }
 

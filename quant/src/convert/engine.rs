@@ -6,7 +6,7 @@ use super::{Progress, Sidecar, sidecars, verify};
 use crate::error::Result;
 use crate::format::native;
 use crate::format::shards::{Bundle, Layout, SHARD_BYTES, ShardFiles};
-use crate::format::source::{Dtype, Stored, decode_rows, encode_f32, first, first_non_finite};
+use crate::format::source::{Dtype, Stored, decode_rows, encode_f32, first_non_finite, first_where};
 use crate::format::{Done, OutputDir, OutputOptions, TensorInfo, TensorSource, tensor_error};
 use crate::manifest::{FileRecord, MANIFEST, Manifest, SourceRecord, TensorRecord, hex};
 use crate::{QTensor, QuantError};
@@ -453,7 +453,7 @@ impl Item {
 
 /// Refuses the first value that isn't finite, by its place: neither codes nor products come out of one.
 pub(super) fn refuse_non_finite(name: &str, values: &[f32], first_row: usize, cols: usize) -> Result<()> {
-    match first(values, |v| !v.is_finite()) {
+    match first_where(values, |v| !v.is_finite()) {
         None => Ok(()),
         Some(at) => Err(not_finite(name, values[at], first_row * cols + at, cols)),
     }

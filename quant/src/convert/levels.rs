@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::format::{TensorInfo, TensorSource};
 use crate::recipe::{Action, Recipe, Rule};
 use crate::stats::Stats;
-use crate::{Grid, QuantError, QuantScheme, QuantSpec, Role, Table};
+use crate::{Grid, QuantError, QuantScheme, QuantSpec, Role};
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -72,7 +72,7 @@ pub fn levels_of(
     spec: &QuantSpec,
     importance: &[f32],
 ) -> Result<Option<Grid>> {
-    if !matches!(spec.grid, Grid::Table(Table::Int8(_) | Table::Eight(_) | Table::Iq4Nl)) {
+    if !matches!(spec.grid, Grid::Table(table) if table.of_integers()) {
         return Ok(None);
     }
     let (weight, k) = some_rows(source, info)?;

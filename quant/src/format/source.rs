@@ -254,7 +254,7 @@ fn converter(dtype: Dtype) -> Option<Convert> {
 }
 
 /// The place of the first value that is bad. Stretches of values are judged without a branch in them: most have none that is.
-pub(crate) fn first<T: Sync>(values: &[T], bad: impl Fn(&T) -> bool + Sync) -> Option<usize> {
+pub(crate) fn first_where<T: Sync>(values: &[T], bad: impl Fn(&T) -> bool + Sync) -> Option<usize> {
     let holds = |stretch: &[T]| stretch.iter().fold(false, |found, value| found | bad(value));
     let from = CHUNK * values.par_chunks(CHUNK).position_first(holds)?;
     values[from..].iter().position(bad).map(|at| from + at)
@@ -264,7 +264,7 @@ pub(crate) fn first<T: Sync>(values: &[T], bad: impl Fn(&T) -> bool + Sync) -> O
 pub fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     // All ones in the exponent are infinities and NaNs.
     fn find<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
-        first(bytes.as_chunks::<N>().0, |b| bad(*b))
+        first_where(bytes.as_chunks::<N>().0, |b| bad(*b))
     }
     match dtype {
         Dtype::F16 => find(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
@@ -281,7 +281,7 @@ pub fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
 /// # Errors
 /// If the type isn't F32, F16 or BF16, or a finite value doesn't fit into it.
 pub fn encode_f32(name: &str, values: &[f32], dtype: Dtype) -> Result<Vec<u8>> {
-    if let (Dtype::F16, Some(at)) = (dtype, first(values, |v| v.is_finite() && f16::from_f32(*v).is_infinite())) {
+    if let (Dtype::F16, Some(at)) = (dtype, first_where(values, |v| v.is_finite() && f16::from_f32(*v).is_infinite())) {
         return Err(tensor_error(name, format!("value {} at {at} doesn't fit into F16", values[at])));
     }
     let size = match dtype {
@@ -317,7 +317,7 @@ mod tests {
             values[at] = f32::NAN;
             values[count - 1] = f32::INFINITY;
             assert_eq!(first_non_finite(Dtype::F32, &bytes(&values)), Some(at));
-            assert_eq!(first(&values, |v| !v.is_finite()), Some(at));
+            assert_eq!(first_where(&values, |v| !v.is_finite()), Some(at));
         }
         let half = |v: f32| [f16::from_f32(v).to_le_bytes(), bf16::from_f32(v).to_le_bytes()];
         for (i, dtype) in [Dtype::F16, Dtype::BF16].into_iter().enumerate() {

@@ -175,7 +175,7 @@ pub fn plan(model: &Model, settings: &Settings, folded: &Folded) -> Result<Plan>
     let mut candidates: Vec<Result<Kind, String>> = Vec::with_capacity(model.graph().node.len());
     for (id, node) in graph.nodes() {
         candidates.push(match kinds::kind(&graph, node, settings)? {
-            Ok(_) if stored.contains_key(&id) => Err(format!("its weight is stored as {}", stored[&id].1.name())),
+            Ok(_) if let Some((_, form)) = stored.get(&id) => Err(format!("its weight is stored as {}", form.name())),
             Ok(_) if excluded.contains(&id) => Err("excluded".into()),
             Ok(kind) if kind.is_anchor() && included.as_ref().is_some_and(|i| !i.contains(&id)) => {
                 Err("not among those included".into())

@@ -25,6 +25,16 @@ pub enum Layout {
     Columns,
 }
 
+impl Layout {
+    /// Of the weight of a Conv, Gemm or MatMul.
+    pub fn of(node: &NodeProto) -> Layout {
+        match node.is("Conv") || node.is("Gemm") && node.int("transB", 0) != 0 {
+            true => Layout::Rows,
+            false => Layout::Columns,
+        }
+    }
+}
+
 /// An int8 weight.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Weight {
@@ -47,7 +57,7 @@ impl Weight {
 }
 
 /// A weight's shape as (channels, values of a channel).
-fn shape(tensor: &TensorProto, layout: Layout) -> [usize; 2] {
+pub fn shape(tensor: &TensorProto, layout: Layout) -> [usize; 2] {
     let dims: Vec<usize> = tensor.dims.iter().map(|&d| d.max(0) as usize).collect();
     match layout {
         Layout::Rows => [dims[0], dims[1..].iter().product()],

@@ -138,7 +138,7 @@ fn precisions(prepared: &Prepared) -> Result<Vec<(String, String)>> {
             Decision::Quantized(_) => "int8",
             // A product of two activations is no layer, unless it is in integers.
             Decision::Float(_) if graph.constant(graph.node(id).arg(1)).is_none() => return None,
-            Decision::Float(_) if prepared.plan.stored.contains_key(&id) => prepared.plan.stored[&id].1.name(),
+            Decision::Float(_) if let Some((_, stored)) = prepared.plan.stored.get(&id) => stored.name(),
             Decision::Float(_) if ["Conv", "Gemm", "MatMul"].contains(&node.op.as_str()) => "float",
             _ => return None,
         };

@@ -352,8 +352,7 @@ fn weights(prepared: &Prepared, quantized: &Model) -> Result<Vec<WeightFigures>>
         else {
             continue;
         };
-        let first = node.is("Conv") || node.is("Gemm") && node.int("transB", 0) != 0;
-        let layout = if first { Layout::Rows } else { Layout::Columns };
+        let layout = Layout::of(node);
         let (([n, k], exact), (_, rounded)) = (rows(float, layout)?, rows(other, layout)?);
         let none = ChannelRange { lo: f32::INFINITY, hi: f32::NEG_INFINITY };
         let ends = |values: &[f32]| {

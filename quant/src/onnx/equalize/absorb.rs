@@ -10,6 +10,7 @@ use super::weight;
 use crate::error::Result;
 use crate::onnx::proto::NodeProto;
 use crate::onnx::tensor::from_f32;
+use crate::onnx::weights::Layout;
 use crate::onnx::{Edit, Graph, Model, apply};
 use std::collections::BTreeMap;
 
@@ -64,7 +65,7 @@ fn reader(graph: &Graph, id: usize, slot: usize) -> Option<Reader> {
     let list = |name: &str| node.attr(name).map(|a| a.ints.clone()).unwrap_or_default();
     let pads = list("pads").iter().any(|&p| p != 0) || node.attr("auto_pad").is_some();
     let weight = graph.constant(node.arg(1))?;
-    let rows = node.is("Conv") || node.is("Gemm") && node.int("transB", 0) != 0;
+    let rows = Layout::of(node) == Layout::Rows;
     let dense = node.int("group", 1) == 1 && !pads && weight.dims.len() >= 2;
     (layer(node) && slot == 0 && dense).then(|| bias(graph, id))?.map(|bias| Reader {
         weight: weight.name().to_owned(),

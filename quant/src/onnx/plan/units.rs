@@ -1,6 +1,6 @@
 //! Which candidates end up in integers: the largest set in which every node that needs integer neighbours has them.
 
-use super::{Clip, Decision, Kind, Mode, Settings, kinds};
+use super::{Clip, Decision, Kind, Mode, Settings, Target, kinds};
 use crate::Range;
 use crate::error::Result;
 use crate::onnx::Graph;
@@ -70,9 +70,11 @@ pub(super) fn resolve(graph: &Graph, mut candidates: Vec<Result<Kind, String>>, 
                     }
                 }
                 Kind::Linear { .. } | Kind::MatMul => {
-                    // An integer Gemm makes floats only where the graph ends; before a float operator it takes integers, too.
                     let inner = !graph.consumers(out).is_empty() && graph.is_private(out);
-                    if quantizes[id] && !(node.is("Gemm") && inner) {
+                    // ONNX Runtime has integer Gemms with floats out only where the graph ends.
+                    let wanted = wants(out).all(|w| w)
+                        || settings.mode == Mode::Static && settings.target == Target::OnnxRuntime;
+                    if quantizes[id] && !(node.is("Gemm") && inner && wanted) {
                         unquantized.push(id);
                     }
                 }

@@ -40,14 +40,13 @@ impl Writer<'_> {
                 }
             };
             let conv = kind == Kind::Conv;
-            let rows = conv || node.is("Gemm") && node.int("transB", 0) != 0;
+            let layout = Layout::of(node);
             let Some(tensor) = self.graph.constant(node.arg(1)) else {
                 return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
             };
-            let layout = if rows { Layout::Rows } else { Layout::Columns };
             let weight = self.quantized(node, tensor, layout, &[])?;
             let dims: Vec<usize> = tensor.dims.iter().map(|&d| d.max(0) as usize).collect();
-            let (weight_codes, dims) = match rows && !conv {
+            let (weight_codes, dims) = match layout == Layout::Rows && !conv {
                 true => (transpose(&weight.codes, dims[0], dims[1]), vec![dims[1], dims[0]]),
                 false => (weight.codes.clone(), dims),
             };

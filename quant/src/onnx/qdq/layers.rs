@@ -25,9 +25,8 @@ impl Writer<'_> {
             match kind {
                 Kind::Conv => self.layer(id, Layout::Rows, 0, &mut written)?,
                 Kind::Linear { .. } if node.is("Gemm") => {
-                    let transposed = node.int("transB", 0) != 0;
-                    let layout = if transposed { Layout::Rows } else { Layout::Columns };
-                    self.layer(id, layout, i64::from(!transposed), &mut written)?;
+                    let layout = Layout::of(node);
+                    self.layer(id, layout, i64::from(layout == Layout::Columns), &mut written)?;
                 }
                 Kind::Linear { bias } => self.product(id, bias, &mut written)?,
                 _ => {}

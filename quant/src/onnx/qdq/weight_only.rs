@@ -53,8 +53,7 @@ impl<'a> Writer<'a> {
         let Some(tensor) = self.graph.constant(node.arg(1)) else {
             return Err(QuantError::Tensor { name: node.arg(1).into(), why: "isn't a constant".into() });
         };
-        let transposed = node.is("Gemm") && node.int("transB", 0) != 0;
-        let layout = if transposed { Layout::Rows } else { Layout::Columns };
+        let layout = Layout::of(node);
         let (sides, values) = rows(tensor, layout)?;
         let [n, k] = sides;
         let spec = QuantSpec {
