@@ -158,7 +158,6 @@ impl Progress for Meter {
     fn start(&self, stage: Stage, tensors: usize, bytes: u64) {
         match stage {
             Stage::Convert => self.begin(tensors as u64, bytes),
-            Stage::Hash => self.begin_bytes("hashing", bytes),
             Stage::Verify => self.begin_bytes("verifying", bytes),
         }
     }
@@ -222,10 +221,10 @@ mod tests {
         (0..3).for_each(|_| meter.add_thing("b"));
         let line = meter.change(|state| meter.line(state));
         assert!(line.starts_with("4/4 tensors") && !line.contains("eta"), "{line}");
-        meter.start(Stage::Hash, 4, 2_000);
+        meter.start(Stage::Verify, 4, 2_000);
         meter.advance(500);
         let line = meter.change(|state| meter.line(state));
-        assert!(line.starts_with("hashing 500 B of 2.0 kB  ") && line.contains("eta"), "{line}");
+        assert!(line.starts_with("verifying 500 B of 2.0 kB  ") && line.contains("eta"), "{line}");
     }
 
     #[test]

@@ -2,9 +2,10 @@
 
 mod check;
 
-use crate::{QuantSpec, nf4};
+use crate::{Grid, QuantSpec, nf4};
 use half::f16;
-use nibble_kernels::Outliers;
+use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
+use nibble_kernels::{Isa, Outliers};
 use rayon::prelude::*;
 
 /// One quantized matrix. Row n is an output feature, groups run along K.
@@ -132,24 +133,7 @@ impl QTensor {
     }
 
     fn row_in_order(&self, r: usize, out: &mut [f32]) {
-        let k = self.shape[1];
-        let codes = &self.codes[r * k..(r + 1) * k];
-        let levels = self.spec.levels();
-        let size = self.spec.group_size(k);
-        for (g, (codes, out)) in codes.chunks(size).zip(out.chunks_mut(size)).enumerate() {
-            let scale = self.scale(r, g);
-            match &self.zeros {
-                ZeroData::None => codes.iter().zip(out).for_each(|(&c, o)| *o = scale * levels[c as usize]),
-                ZeroData::Int(_) => {
-                    let zero = self.zero(r, g) as f32;
-                    codes.iter().zip(out).for_each(|(&c, o)| *o = scale * (levels[c as usize] - zero));
-                }
-                ZeroData::Min(_) => {
-                    let min = self.min(r, g);
-                    codes.iter().zip(out).for_each(|(&c, o)| *o = scale * levels[c as usize] + min);
-                }
-            }
-        }
+        simd::dispatch(Isa::best(), DecodeRow { tensor: self, r, out });
         for (col, value) in self.row_outliers(r) {
             out[col] += value.to_f32();
         }
@@ -170,16 +154,85 @@ impl QTensor {
     }
 
     fn number(&self, data: &ScaleData, r: usize, g: usize) -> f32 {
-        let k = self.shape[1];
-        let (r, groups) = (self.scale_row(r), self.groups());
-        let i = r * groups + g;
-        match data {
+        self.row_numbers(data, r).of(g)
+    }
+
+    fn row_numbers<'a>(&self, data: &'a ScaleData, r: usize) -> RowNumbers<'a> {
+        let (r, k) = (self.scale_row(r), self.shape[1]);
+        let (span, spans) = match data {
+            ScaleData::Coded { .. } => (self.spec.span_groups(k), self.spec.spans(k)),
+            ScaleData::Dynamic { .. } => (self.spec.dynamic_blocks(), 0),
+            ScaleData::Float(_) => (1, 0),
+        };
+        RowNumbers { data, first: r * self.groups(), first_span: r * spans, span }
+    }
+}
+
+/// The scales or minimums of one row.
+struct RowNumbers<'a> {
+    data: &'a ScaleData,
+    /// Where the row's groups begin, and its spans.
+    first: usize,
+    first_span: usize,
+    /// Groups of a span; scales of a block where they are dynamic.
+    span: usize,
+}
+
+impl RowNumbers<'_> {
+    #[inline(always)]
+    fn of(&self, g: usize) -> f32 {
+        let i = self.first + g;
+        match self.data {
             ScaleData::Float(values) => values[i],
-            ScaleData::Coded { codes, second } => {
-                codes[i] as f32 * second[r * self.spec.spans(k) + g / self.spec.span_groups(k)]
-            }
+            ScaleData::Coded { codes, second } => codes[i] as f32 * second[self.first_span + g / self.span],
             ScaleData::Dynamic { codes, absmax, offset } => {
-                nf4::dynamic_map()[codes[i] as usize] * absmax[i / self.spec.dynamic_blocks()] + offset
+                nf4::dynamic_map()[codes[i] as usize] * absmax[i / self.span] + offset
+            }
+        }
+    }
+}
+
+/// Decodes a row, without what is kept beside the grid.
+struct DecodeRow<'a> {
+    tensor: &'a QTensor,
+    r: usize,
+    out: &'a mut [f32],
+}
+
+impl SimdOp for DecodeRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let DecodeRow { tensor, r, out } = self;
+        let (k, size) = (tensor.shape[1], tensor.spec.group_size(tensor.shape[1]));
+        let table = match tensor.spec.grid {
+            Grid::Table(table) => Some(s.load(&table.levels())),
+            Grid::Int { .. } => None,
+        };
+        let scales = tensor.row_numbers(&tensor.scales, r);
+        let mins = match &tensor.zeros {
+            ZeroData::Min(mins) => Some(tensor.row_numbers(mins, r)),
+            ZeroData::None | ZeroData::Int(_) => None,
+        };
+        for (g, (codes, out)) in tensor.codes[r * k..(r + 1) * k].chunks(size).zip(out.chunks_mut(size)).enumerate() {
+            let (scale, zero) = (s.splat(scales.of(g)), s.splat(tensor.zero(r, g) as f32));
+            // Adding -0 changes no number, not even -0.
+            let min = s.splat(mins.as_ref().map_or(-0.0, |mins| mins.of(g)));
+            for (codes, out) in codes.chunks(LANES).zip(out.chunks_mut(LANES)) {
+                let mut padded = [0; LANES];
+                let code = match codes.first_chunk() {
+                    Some(whole) => s.load_u8(whole),
+                    None => {
+                        padded[..codes.len()].copy_from_slice(codes);
+                        s.load_u8(&padded)
+                    }
+                };
+                let level = match table {
+                    Some(levels) => s.lookup(levels, s.to_i32(code)),
+                    None => s.sub(code, zero),
+                };
+                s.store_partial(s.add(s.mul(scale, level), min), out);
             }
         }
     }

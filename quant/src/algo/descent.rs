@@ -246,7 +246,7 @@ impl<'a> Row<'a> {
         let g = j / self.size;
         let y = (value - self.mins[g]) * inverse(self.scales[g].value);
         match &self.rule.table {
-            Some(levels) => Rule::of_table(levels, y),
+            Some(table) => table.code(y),
             None => {
                 let zero = self.zeros[g];
                 let shift = (self.rule.middle - zero) as f32;

@@ -6,9 +6,12 @@ mod scaled;
 
 pub(super) use affine::refit_min;
 
-use super::grid::{Even, Uneven};
+use super::grid::{Even, Table, Uneven};
 use crate::{Grid, QuantSpec, ScaleFormat, Zero};
 use nibble_kernels::simd::{LANES, Simd};
+
+/// Values that are summed before their sums are: long groups lose no digits.
+const SUMMED: usize = 512;
 
 /// How a group's numbers are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,12 +48,26 @@ pub(super) struct Group<'a> {
     pub(super) w: &'a [f32],
 }
 
+/// Scratch for a group's levels, and those next to them.
+#[derive(Debug, Default)]
+pub(super) struct Levels {
+    at: Vec<f32>,
+    below: Vec<f32>,
+    above: Vec<f32>,
+}
+
+impl Levels {
+    /// With room for groups of this length.
+    pub(super) fn reserve(&mut self, len: usize) {
+        [&mut self.at, &mut self.below, &mut self.above].into_iter().for_each(|levels| levels.resize(len, 0.0));
+    }
+}
+
 /// A spec's grid and zero as the fits need them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rule {
     pub(super) zero: Zero,
-    /// Levels of a table; where it has less than these, the last one again.
-    pub(super) table: Option<[f32; LANES]>,
+    pub(super) table: Option<Table>,
     /// Lowest and highest level; codes with a zero point or minimum.
     pub(super) low: f32,
     pub(super) high: f32,
@@ -66,11 +83,11 @@ impl Rule {
     pub(super) fn new(spec: &QuantSpec) -> Rule {
         let (codes, middle) = (spec.codes(), spec.middle());
         let table = match spec.grid {
-            Grid::Table(table) => Some(table.levels()),
+            Grid::Table(table) => Some(Table::new(table.levels())),
             Grid::Int { .. } => None,
         };
         let (low, high) = match table {
-            Some(levels) => (levels[0], levels[LANES - 1]),
+            Some(Table { levels, .. }) => (levels[0], levels[LANES - 1]),
             None => ((*codes.start() as i32 - middle) as f32, (*codes.end() as i32 - middle) as f32),
         };
         let low_min = !matches!(spec.scale, ScaleFormat::Float(_));
@@ -90,32 +107,25 @@ impl Rule {
     #[inline(always)]
     pub(super) fn level(&self, code: u8, zero: i32) -> f32 {
         match &self.table {
-            Some(levels) => levels[code as usize & (LANES - 1)],
+            Some(table) => table.level(code),
             None => (code as i32 - zero) as f32,
         }
     }
 
-    /// The code of a table's level nearest to `y`, the lower one of two.
+    /// Fits one group.
     #[inline(always)]
-    pub(super) fn of_table(levels: &[f32; LANES], y: f32) -> u8 {
-        // A level that stands there again is never reached.
-        levels.windows(2).filter(|w| w[0] < w[1] && (w[0] + w[1]) / 2.0 < y).count() as u8
-    }
-
-    /// Fits one group. `levels` is scratch of the group's length.
-    #[inline(always)]
-    pub(super) fn fit<S: Simd>(&self, s: S, group: Group, method: Method, levels: &mut [f32]) -> Fit {
+    pub(super) fn fit<S: Simd>(&self, s: S, group: Group, method: Method, scratch: &mut Levels) -> Fit {
         let range = Extremes::of(s, group.x);
         if range.lo == 0.0 && range.hi == 0.0 {
             return Fit::default();
         }
-        match (self.zero, self.table) {
+        match (self.zero, &self.table) {
             (Zero::Min, _) if method == Method::HalfQuadratic => half_quadratic::fit(self, group, range),
             (Zero::Int, _) if method == Method::HalfQuadratic => half_quadratic::fit_zero(self, group, range),
             (Zero::Min, _) => affine::fit(s, self, group, method, range),
-            (Zero::Int, _) => scaled::fit_zero(s, self, group, method, range, levels),
-            (_, Some(table)) => scaled::fit(s, self, Uneven::new(s, &table), group, method, range, levels),
-            _ => scaled::fit(s, self, Even::new(s, self.low, self.high, 0), group, method, range, levels),
+            (Zero::Int, _) => scaled::fit_zero(s, self, group, method, range, scratch),
+            (_, Some(table)) => scaled::fit(s, self, Uneven::new(s, table), group, method, range, scratch),
+            _ => scaled::fit(s, self, Even::new(s, self.low, self.high, 0), group, method, range, scratch),
         }
     }
 }
@@ -162,15 +172,37 @@ pub(super) fn inverse(scale: f32) -> f32 {
     if inverse.is_finite() { inverse } else { 0.0 }
 }
 
-/// How much smaller than the plain scale the scans go, as factors on its inverse: `count` of them, evenly. Long groups
-/// have lone large values, and clip them; a fine grid, with `reach` levels a side, clips hardly any.
+/// How much smaller than the plain scale the scans go, as factors on its inverse: evenly, as many as are asked for, and
+/// again from the first. Long groups have lone large values, and clip them; a fine grid, with `reach` levels a side, clips
+/// hardly any.
 #[inline(always)]
-fn factors(len: usize, reach: f32, count: usize) -> impl Iterator<Item = f32> {
+fn factors<S: Simd>(s: S, len: usize, reach: f32, count: usize) -> S::F32 {
     let (from, to) = match len {
         _ if reach > 24.0 => (0.97, 1.13),
         0..=48 => (0.88, 1.24),
         49..=160 => (0.92, 1.48),
         _ => (0.96, 2.4),
     };
-    (0..count).map(move |i| from + (to - from) * i as f32 / (count - 1) as f32)
+    let mut all = [0.0; LANES];
+    for (i, factor) in all.iter_mut().enumerate() {
+        *factor = from + (to - from) * (i % count) as f32 / (count - 1) as f32;
+    }
+    s.load(&all)
+}
+
+/// The lane of the least number, if it is less than `than`; the first of several.
+#[inline(always)]
+pub(super) fn least<S: Simd>(s: S, of: S::F32, than: f32) -> Option<usize> {
+    // NaN is never the least.
+    let of = s.select(s.lt(of, s.splat(f32::INFINITY)), of, s.splat(f32::INFINITY));
+    let least = -s.largest(s.sub(s.splat(0.0), of));
+    if least < than { lanes(s, of).iter().position(|&one| one == least) } else { None }
+}
+
+/// The numbers of all lanes.
+#[inline(always)]
+pub(super) fn lanes<S: Simd>(s: S, of: S::F32) -> [f32; LANES] {
+    let mut all = [0.0; LANES];
+    s.store(of, &mut all);
+    all
 }

@@ -184,7 +184,7 @@ impl Batch<'_> {
             *code = nearest(self.rule, best, scale, min, zero).0;
         }
         match &self.rule.table {
-            Some(levels) => scale * levels[*code as usize & 15],
+            Some(table) => scale * table.level(*code),
             None => scale * (*code as i32 - zero) as f32 + min,
         }
     }
@@ -194,10 +194,9 @@ impl Batch<'_> {
 #[inline(always)]
 pub(super) fn nearest(rule: &Rule, best: f32, scale: f32, min: f32, zero: i32) -> (u8, f32) {
     match &rule.table {
-        Some(levels) => {
-            let y = best * inverse(scale);
-            let code = Rule::of_table(levels, y);
-            (code, scale * levels[code as usize & 15])
+        Some(table) => {
+            let code = table.code(best * inverse(scale));
+            (code, scale * table.level(code))
         }
         None => {
             let shift = (rule.middle - zero) as f32;

@@ -8,8 +8,10 @@ pub(super) trait Grid<S: Simd>: Copy {
     fn level(self, s: S, y: S::F32) -> S::F32;
     /// Its code.
     fn code(self, s: S, y: S::F32) -> S::I32;
-    /// The next level above where `up`, else below; the same level at the grid's end.
-    fn beside(self, s: S, level: S::F32, up: S::Mask) -> S::F32;
+    /// The level of a code.
+    fn level_of(self, s: S, code: S::I32) -> S::F32;
+    /// The next levels below and above a level; at the grid's end the same one.
+    fn beside(self, s: S, level: S::F32) -> [S::F32; 2];
 }
 
 /// The place of a value among the levels of a table, a fraction: between two levels by how far it lies from one to the next,
@@ -65,6 +67,12 @@ impl<S: Simd> Even<S> {
         Even { low: s.splat(low), high: s.splat(high), zero: s.splat_i32(zero) }
     }
 
+    /// Levels `-zero..=high - zero` with another zero in each lane, which is a whole number; as levels alone, without codes.
+    #[inline(always)]
+    pub(super) fn around(s: S, zero: S::F32, high: f32) -> Self {
+        Even { low: s.sub(s.splat(0.0), zero), high: s.sub(s.splat(high), zero), zero: s.splat_i32(0) }
+    }
+
     #[inline(always)]
     fn round(self, s: S, y: S::F32) -> S::I32 {
         s.to_i32(s.min(s.max(y, self.low), self.high))
@@ -83,22 +91,27 @@ impl<S: Simd> Grid<S> for Even<S> {
     }
 
     #[inline(always)]
-    fn beside(self, s: S, level: S::F32, up: S::Mask) -> S::F32 {
-        let to = s.add(level, s.select(up, s.splat(1.0), s.splat(-1.0)));
-        s.min(s.max(to, self.low), self.high)
+    fn level_of(self, s: S, code: S::I32) -> S::F32 {
+        // Of codes and zeros below 2^24 the difference is exact.
+        s.sub(s.to_f32(code), s.to_f32(self.zero))
+    }
+
+    #[inline(always)]
+    fn beside(self, s: S, level: S::F32) -> [S::F32; 2] {
+        [s.max(s.sub(level, s.splat(1.0)), self.low), s.min(s.add(level, s.splat(1.0)), self.high)]
     }
 }
 
-/// The levels of a table, found by halving; where it has less than 16, the last one again and again.
-#[derive(Clone, Copy)]
-pub(super) struct Uneven<S: Simd> {
-    levels: S::F32,
-    middles: S::F32,
+/// Levels of a table and where one turns into the next; where it has less than 16, the last one again and again.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Table {
+    pub(super) levels: [f32; LANES],
+    /// Halfway to the next level; infinite from the last one on.
+    middles: [f32; LANES],
 }
 
-impl<S: Simd> Uneven<S> {
-    #[inline(always)]
-    pub(super) fn new(s: S, levels: &[f32; LANES]) -> Self {
+impl Table {
+    pub(super) fn new(levels: [f32; LANES]) -> Table {
         let mut middles = [f32::INFINITY; LANES];
         for i in 0..LANES - 1 {
             // No value lies above the middle between a level and itself.
@@ -106,33 +119,79 @@ impl<S: Simd> Uneven<S> {
                 middles[i] = (levels[i] + levels[i + 1]) / 2.0;
             }
         }
-        Uneven { levels: s.load(levels), middles: s.load(&middles) }
+        Table { levels, middles }
+    }
+
+    #[inline(always)]
+    pub(super) fn level(&self, code: u8) -> f32 {
+        self.levels[code as usize & (LANES - 1)]
+    }
+
+    /// The code of the level nearest to `y`, the lower one of two.
+    #[inline(always)]
+    pub(super) fn code(&self, y: f32) -> u8 {
+        self.middles.iter().filter(|middle| **middle < y).count() as u8
+    }
+}
+
+/// A table, found by halving.
+#[derive(Clone, Copy)]
+pub(super) struct Uneven<S: Simd> {
+    levels: S::F32,
+    /// The middle of the table, and those of its halves.
+    middle: S::F32,
+    halves: [S::F32; 2],
+    /// At every fourth code the middle of its four; at every other that of its two.
+    fours: S::F32,
+    twos: S::F32,
+}
+
+impl<S: Simd> Uneven<S> {
+    #[inline(always)]
+    pub(super) fn new(s: S, table: &Table) -> Self {
+        let m = &table.middles;
+        let mut fours = [0.0; LANES];
+        fours[..LANES - 1].copy_from_slice(&m[1..]);
+        Uneven {
+            levels: s.load(&table.levels),
+            middle: s.splat(m[7]),
+            halves: [s.splat(m[3]), s.splat(m[11])],
+            fours: s.load(&fours),
+            twos: s.load(m),
+        }
     }
 }
 
 impl<S: Simd> Grid<S> for Uneven<S> {
     #[inline(always)]
     fn level(self, s: S, y: S::F32) -> S::F32 {
-        s.lookup(self.levels, self.code(s, y))
+        self.level_of(s, self.code(s, y))
     }
 
     #[inline(always)]
     fn code(self, s: S, y: S::F32) -> S::I32 {
         // The code is the number of middles below y, found bit by bit; it stays a float until the end, since the
         // vocabulary selects among floats.
-        let mut code = s.splat(0.0);
-        for bit in [8, 4, 2, 1] {
-            let middle = s.lookup(self.middles, s.to_i32(s.add(code, s.splat((bit - 1) as f32))));
-            code = s.select(s.lt(middle, y), s.add(code, s.splat(bit as f32)), code);
-        }
-        s.to_i32(code)
+        let upper = s.lt(self.middle, y);
+        let half = s.lt(s.select(upper, self.halves[1], self.halves[0]), y);
+        let code = s.select(upper, s.splat(8.0), s.splat(0.0));
+        let code = s.select(half, s.add(code, s.splat(4.0)), code);
+        let more = s.lt(s.lookup(self.fours, s.to_i32(code)), y);
+        let code = s.select(more, s.add(code, s.splat(2.0)), code);
+        let more = s.lt(s.lookup(self.twos, s.to_i32(code)), y);
+        s.to_i32(s.select(more, s.add(code, s.splat(1.0)), code))
     }
 
     #[inline(always)]
-    fn beside(self, s: S, level: S::F32, up: S::Mask) -> S::F32 {
+    fn level_of(self, s: S, code: S::I32) -> S::F32 {
+        s.lookup(self.levels, code)
+    }
+
+    #[inline(always)]
+    fn beside(self, s: S, level: S::F32) -> [S::F32; 2] {
         let code = s.to_f32(self.code(s, level));
-        let to = s.add(code, s.select(up, s.splat(1.0), s.splat(-1.0)));
-        let to = s.min(s.max(to, s.splat(0.0)), s.splat((LANES - 1) as f32));
-        s.lookup(self.levels, s.to_i32(to))
+        let below = s.max(s.sub(code, s.splat(1.0)), s.splat(0.0));
+        let above = s.min(s.add(code, s.splat(1.0)), s.splat((LANES - 1) as f32));
+        [s.lookup(self.levels, s.to_i32(below)), s.lookup(self.levels, s.to_i32(above))]
     }
 }

@@ -178,7 +178,7 @@ impl SimdOp for PlaceRow<'_> {
     fn eval<S: Simd>(self, s: S) {
         let PlaceRow { tensor, rule, row, weight, places } = self;
         let size = tensor.spec.group_size(weight.len());
-        let table = rule.table.as_ref().map(|levels| Places::new(s, levels));
+        let table = rule.table.as_ref().map(|table| Places::new(s, &table.levels));
         for (g, (places, weight)) in places.chunks_mut(size).zip(weight.chunks(size)).enumerate() {
             let (by, min) = (s.splat(inverse(tensor.scale(row, g))), s.splat(tensor.min(row, g)));
             let zero = s.splat(tensor.zero(row, g) as f32);

@@ -1,6 +1,6 @@
 //! A tensor row by row: fit, store, code, over the few ways that are tried for each row.
 
-use super::fit::{Group, Method, Rule, refit_min};
+use super::fit::{Group, Levels, Method, Rule, inverse, refit_min};
 use super::grid::{Even, Grid, Uneven};
 use super::outliers::{Choice, Kept};
 use super::second::{Dynamic, Numbers};
@@ -11,6 +11,9 @@ use half::f16;
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
 use rayon::prelude::*;
+
+/// Groups whose errors are summed before their sums are.
+const SUMMED: usize = 16;
 
 /// What is stored for one row beside its codes.
 #[derive(Debug, Clone, Default)]
@@ -102,10 +105,10 @@ enum Stage {
 #[derive(Default)]
 struct Scratch {
     weights: Vec<f32>,
-    /// Values and weights with outliers as zeros.
+    /// Values and weights with zeros in the places of outliers.
     x: Vec<f32>,
     w: Vec<f32>,
-    levels: Vec<f32>,
+    levels: Levels,
     codes: Vec<u8>,
 }
 
@@ -125,22 +128,18 @@ impl SimdOp for RowOp<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> Self::Output {
         let RowOp { context, stage, x, codes, row, scratch } = self;
-        let size = context.input.spec.group_size(x.len()).min(x.len());
-        for buffer in [&mut scratch.weights, &mut scratch.x, &mut scratch.w] {
-            buffer.resize(x.len(), 0.0);
-        }
-        scratch.levels.resize(size, 0.0);
+        scratch.weights.resize(x.len(), 0.0);
         scratch.codes.resize(x.len(), 0);
         error::row_weights(s, context.input, x, &mut scratch.weights);
         match stage {
             Stage::Fit(method) => *row = context.best_row(s, x, method, codes, scratch)?,
             Stage::Recode(method) => {
-                scratch.leave_out(x, &row.outliers);
+                let group = left(x, &scratch.weights, &row.outliers, &mut scratch.x, &mut scratch.w);
                 // bitsandbytes rounds scales after it has taken the codes; the plain method is held to its bytes.
-                if method != Method::Plain {
-                    context.code(s, x, row, codes);
-                }
-                row.error = context.row_error(x, &scratch.w, row, codes);
+                row.error = match method {
+                    Method::Plain => context.row_error(x, group.w, row, codes),
+                    _ => context.code(s, x, group.w, row, codes),
+                };
             }
         }
         row.values = context.outlier_values(x, row, codes)?;
@@ -148,15 +147,24 @@ impl SimdOp for RowOp<'_> {
     }
 }
 
-impl Scratch {
-    fn leave_out(&mut self, x: &[f32], outliers: &[u32]) {
-        self.x.copy_from_slice(x);
-        self.w.copy_from_slice(&self.weights);
-        for &col in outliers {
-            self.x[col as usize] = 0.0;
-            self.w[col as usize] = 0.0;
-        }
+/// A row and its weights, with zeros in the places of outliers; `zeroed` are buffers for that.
+#[inline(always)]
+fn left<'a>(
+    x: &'a [f32],
+    w: &'a [f32],
+    outliers: &[u32],
+    zeroed_x: &'a mut Vec<f32>,
+    zeroed_w: &'a mut Vec<f32>,
+) -> Group<'a> {
+    if outliers.is_empty() {
+        return Group { x, w };
     }
+    for (from, to) in [(x, &mut *zeroed_x), (w, &mut *zeroed_w)] {
+        to.clear();
+        to.extend_from_slice(from);
+        outliers.iter().for_each(|&col| to[col as usize] = 0.0);
+    }
+    Group { x: zeroed_x, w: zeroed_w }
 }
 
 impl Context<'_> {
@@ -177,43 +185,40 @@ impl Context<'_> {
                 Choice::Columns(cols) => cols.to_vec(),
                 Choice::Largest(count) => Kept::worst(x, self.input.spec, count, |i| scratch.weights[i] * x[i] * x[i]),
                 Choice::Worst(count) => {
-                    scratch.leave_out(x, &[]);
-                    let mut all = std::mem::take(&mut scratch.codes);
-                    let row = self.row(s, x, way.method, &mut all, scratch)?;
-                    let off = |i| scratch.weights[i] * (x[i] - self.value(&row, x.len(), i, all[i])).powi(2);
-                    let outliers = Kept::worst(x, self.input.spec, count, off);
-                    scratch.codes = all;
-                    outliers
+                    let Scratch { weights, levels, codes: all, .. } = &mut *scratch;
+                    let row = self.row(s, x, Group { x, w: weights }, way.method, all, levels)?;
+                    let off = |i| weights[i] * (x[i] - self.value(&row, x.len(), i, all[i])).powi(2);
+                    Kept::worst(x, self.input.spec, count, off)
                 }
             };
-            scratch.leave_out(x, &outliers);
-            let mut tried = std::mem::take(&mut scratch.codes);
-            let row = Row { outliers, ..self.row(s, x, way.method, &mut tried, scratch)? };
+            let Scratch { weights, x: zeroed_x, w: zeroed_w, levels, codes: tried } = &mut *scratch;
+            let group = left(x, weights, &outliers, zeroed_x, zeroed_w);
+            let row = self.row(s, x, group, way.method, tried, levels)?;
             if best.as_ref().is_none_or(|best| row.error < best.error) {
-                codes.copy_from_slice(&tried);
-                best = Some(row);
+                codes.copy_from_slice(tried);
+                best = Some(Row { outliers, ..row });
             }
-            scratch.codes = tried;
         }
         Ok(best.unwrap_or_default())
     }
 
-    /// Fits, stores and codes one row by one method, without the values that scratch leaves out.
+    /// Fits, stores and codes one row by one method; `left` is what isn't an outlier.
     #[inline(always)]
     fn row<S: Simd>(
         &self,
         s: S,
         x: &[f32],
+        left: Group,
         method: Method,
         codes: &mut [u8],
-        scratch: &mut Scratch,
+        levels: &mut Levels,
     ) -> std::result::Result<Row, String> {
         let (spec, k) = (self.input.spec, x.len());
         let size = spec.group_size(k);
-        let mut row = Row::default();
-        let groups = || scratch.x.chunks(size).zip(scratch.w.chunks(size)).map(|(x, w)| Group { x, w });
+        let mut row = Row { scales: Numbers::of(k.div_ceil(size)), ..Row::default() };
+        let groups = || left.x.chunks(size).zip(left.w.chunks(size)).map(|(x, w)| Group { x, w });
         for group in groups() {
-            let fit = self.rule.fit(s, group, method, &mut scratch.levels[..group.x.len()]);
+            let fit = self.rule.fit(s, group, method, levels);
             row.scales.push(fit.scale, fit.scale_cost);
             match spec.zero {
                 Zero::Min => row.mins.push(fit.min, fit.min_cost),
@@ -221,70 +226,54 @@ impl Context<'_> {
                 Zero::Symmetric | Zero::FullRange => {}
             }
         }
-        row.scales.store(spec, k, self.rule.signed, method)?;
+        row.scales.store(s, spec, k, self.rule.signed, method)?;
         if spec.zero == Zero::Min {
             if method == Method::Search {
                 for (group, (&scale, min)) in groups().zip(row.scales.values.iter().zip(&mut row.mins.values)) {
                     *min = refit_min(s, &self.rule, group, scale, *min);
                 }
             }
-            row.mins.store(spec, k, false, method)?;
+            row.mins.store(s, spec, k, false, method)?;
         }
-        self.code(s, x, &row, codes);
-        row.error = self.row_error(x, &scratch.w, &row, codes);
+        row.error = self.code(s, x, left.w, &row, codes);
         Ok(row)
     }
 
-    /// Nearest codes under the stored numbers.
+    /// Nearest codes under the stored numbers, and their weighted error: 16 running sums in f32 over a few groups, those
+    /// in f64.
     #[inline(always)]
-    fn code<S: Simd>(&self, s: S, x: &[f32], row: &Row, codes: &mut [u8]) {
+    fn code<S: Simd>(&self, s: S, x: &[f32], w: &[f32], row: &Row, codes: &mut [u8]) -> f64 {
         let size = self.input.spec.group_size(x.len());
-        for (g, (x, codes)) in x.chunks(size).zip(codes.chunks_mut(size)).enumerate() {
+        let (mut total, mut error) = (0.0, s.splat(0.0));
+        for (g, ((x, w), codes)) in x.chunks(size).zip(w.chunks(size)).zip(codes.chunks_mut(size)).enumerate() {
             let line = (row.scales.values[g], row.mins.values.get(g).copied().unwrap_or(0.0));
-            match self.rule.table {
-                Some(levels) => code_group(s, Uneven::new(s, &levels), x, line, codes),
+            error = match &self.rule.table {
+                Some(table) => code_group(s, Uneven::new(s, table), Group { x, w }, line, codes, error),
                 None => {
                     let (low, high, zero) = self.rule.ends(row.zeros.get(g).copied());
-                    code_group(s, Even::new(s, low, high, zero), x, line, codes);
+                    code_group(s, Even::new(s, low, high, zero), Group { x, w }, line, codes, error)
                 }
+            };
+            if g % SUMMED == SUMMED - 1 {
+                total += s.sum(error) as f64;
+                error = s.splat(0.0);
             }
         }
+        total + s.sum(error) as f64
     }
 
     /// What code `code` at column `i` of a row of `k` means.
     #[inline(always)]
     fn value(&self, row: &Row, k: usize, i: usize, code: u8) -> f32 {
         let g = i / self.input.spec.group_size(k);
-        let level = match self.rule.table {
-            Some(levels) => levels[code as usize & (LANES - 1)],
-            None => (code as i32 - row.zeros.get(g).map_or(self.rule.middle, |&z| z as i32)) as f32,
-        };
-        row.scales.values[g] * level + row.mins.values.get(g).copied().unwrap_or(0.0)
+        let zero = row.zeros.get(g).map_or(self.rule.middle, |&zero| zero as i32);
+        row.scales.values[g] * self.rule.level(code, zero) + row.mins.values.get(g).copied().unwrap_or(0.0)
     }
 
-    /// Weighted error of a row: 16 running sums in f32 a group, groups in f64.
-    #[inline(always)]
+    /// Weighted error of codes that stay as they are.
     fn row_error(&self, x: &[f32], w: &[f32], row: &Row, codes: &[u8]) -> f64 {
-        let size = self.input.spec.group_size(x.len());
-        let mut total = 0.0;
-        for (g, ((x, w), codes)) in x.chunks(size).zip(w.chunks(size)).zip(codes.chunks(size)).enumerate() {
-            let scale = row.scales.values[g];
-            let min = row.mins.values.get(g).copied().unwrap_or(0.0);
-            let zero = row.zeros.get(g).map_or(self.rule.middle, |&z| z as i32);
-            let mut sums = [0f32; LANES];
-            for ((x, w), codes) in x.chunks(LANES).zip(w.chunks(LANES)).zip(codes.chunks(LANES)) {
-                for i in 0..x.len() {
-                    let level = match self.rule.table {
-                        Some(levels) => levels[codes[i] as usize & (LANES - 1)],
-                        None => (codes[i] as i32 - zero) as f32,
-                    };
-                    let off = x[i] - (scale * level + min);
-                    sums[i] += w[i] * off * off;
-                }
-            }
-            total += sums.iter().map(|&s| s as f64).sum::<f64>();
-        }
-        total
+        let off = |i: usize| x[i] - self.value(row, x.len(), i, codes[i]);
+        (0..x.len()).map(|i| (w[i] * off(i) * off(i)) as f64).sum()
     }
 
     /// What the outliers add to what their codes give.
@@ -299,14 +288,28 @@ impl Context<'_> {
     }
 }
 
+/// Codes of a group; their weighted error is added to `error`.
 #[inline(always)]
-fn code_group<S: Simd, G: Grid<S>>(s: S, grid: G, x: &[f32], (scale, min): (f32, f32), codes: &mut [u8]) {
-    let (by, min) = (s.splat(super::fit::inverse(scale)), s.splat(min));
+fn code_group<S: Simd, G: Grid<S>>(
+    s: S,
+    grid: G,
+    group: Group,
+    (scale, min): (f32, f32),
+    codes: &mut [u8],
+    mut error: S::F32,
+) -> S::F32 {
+    let (by, scale, min) = (s.splat(inverse(scale)), s.splat(scale), s.splat(min));
     let mut wide = [0i32; LANES];
-    for (x, codes) in x.chunks(LANES).zip(codes.chunks_mut(LANES)) {
-        s.store_i32(grid.code(s, s.mul(s.sub(s.load_partial(x), min), by)), &mut wide);
+    for ((x, w), codes) in group.x.chunks(LANES).zip(group.w.chunks(LANES)).zip(codes.chunks_mut(LANES)) {
+        let (x, w) = (s.load_partial(x), s.load_partial(w));
+        let code = grid.code(s, s.mul(s.sub(x, min), by));
+        let off = s.sub(x, s.fma(scale, grid.level_of(s, code), min));
+        // Past the group's end weights are 0.
+        error = s.fma(s.mul(w, off), off, error);
+        s.store_i32(code, &mut wide);
         for (code, &wide) in codes.iter_mut().zip(&wide) {
             *code = wide as u8;
         }
     }
+    error
 }

@@ -1,8 +1,14 @@
 //! Scales and minimums as they are stored: rounded to a float, or as integer codes against a second level.
 
-use super::fit::{Method, inverse};
+use super::fit::{Method, inverse, lanes, least};
 use crate::{FloatFormat, QuantSpec, ScaleFormat, nf4};
-use std::ops::RangeInclusive;
+use nibble_kernels::simd::{LANES, Simd};
+
+/// How many second-level scales are tried for a span's peak at an end of the codes, and how far beyond it and inside of it
+/// the peak then lies.
+const TRIED: usize = 2 * LANES;
+const NARROW: f32 = 0.97;
+const WIDE: f32 = 1.315;
 
 /// The numbers of one row's groups, before and after storing.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +24,11 @@ pub(super) struct Numbers {
 }
 
 impl Numbers {
+    /// Room for those of `groups` groups.
+    pub(super) fn of(groups: usize) -> Numbers {
+        Numbers { values: Vec::with_capacity(groups), costs: Vec::with_capacity(groups), ..Numbers::default() }
+    }
+
     pub(super) fn push(&mut self, value: f32, cost: f32) {
         self.values.push(value);
         self.costs.push(cost);
@@ -26,7 +37,15 @@ impl Numbers {
     /// Rounds the values to what the spec stores, in place. Dynamic scales stay as they are: they need the tensor.
     ///
     /// `Err` names the number that is beyond the format.
-    pub(super) fn store(&mut self, spec: &QuantSpec, k: usize, signed: bool, method: Method) -> Result<(), String> {
+    #[inline(always)]
+    pub(super) fn store<S: Simd>(
+        &mut self,
+        s: S,
+        spec: &QuantSpec,
+        k: usize,
+        signed: bool,
+        method: Method,
+    ) -> Result<(), String> {
         match spec.scale {
             ScaleFormat::Float(float) => {
                 for value in &mut self.values {
@@ -35,15 +54,18 @@ impl Numbers {
                 Ok(())
             }
             ScaleFormat::Coded { bits, second, .. } => {
-                let range = if signed { -(1 << (bits - 1))..=(1 << (bits - 1)) - 1 } else { 0..=(1 << bits) - 1 };
+                let ends = if signed { (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) } else { (0, (1 << bits) - 1) };
+                let codes = Codes { low: ends.0 as f32, high: ends.1 as f32, float: second };
                 self.codes.resize(self.values.len(), 0);
                 let span = spec.span_groups(k);
+                self.second.reserve_exact(self.values.len().div_ceil(span));
                 let spans = self.values.chunks_mut(span).zip(self.costs.chunks(span)).zip(self.codes.chunks_mut(span));
-                for ((values, costs), codes) in spans {
-                    let level = second_level(values, costs, &range, second, method)?;
-                    for (value, code) in values.iter_mut().zip(codes) {
-                        *code = nearest(*value, level, &range);
-                        *value = *code as f32 * level;
+                for ((values, costs), coded) in spans {
+                    let level = codes.second_level(s, values, costs, method)?;
+                    let by = inverse(level);
+                    for (value, code) in values.iter_mut().zip(coded) {
+                        let near = codes.nearest(*value, by);
+                        (*code, *value) = (near as i16, near * level);
                     }
                     self.second.push(level);
                 }
@@ -64,67 +86,87 @@ fn held(float: FloatFormat, value: f32) -> Result<f32, String> {
     }
 }
 
-fn nearest(value: f32, level: f32, range: &RangeInclusive<i16>) -> i16 {
-    (value * inverse(level)).round_ties_even().clamp(*range.start() as f32, *range.end() as f32) as i16
+/// The codes of a second level and how its scales are stored.
+#[derive(Clone, Copy)]
+struct Codes {
+    low: f32,
+    high: f32,
+    float: FloatFormat,
 }
 
-/// The second-level scale of one span: the one that just holds the largest number, or of those around it the one of
-/// least cost. It has the sign of the numbers where codes are unsigned.
-fn second_level(
-    values: &[f32],
-    costs: &[f32],
-    range: &RangeInclusive<i16>,
-    float: FloatFormat,
-    method: Method,
-) -> Result<f32, String> {
-    let peak = values.iter().copied().reduce(|a, b| if b.abs() > a.abs() { b } else { a }).unwrap_or(0.0);
-    if peak == 0.0 {
-        return Ok(0.0);
+impl Codes {
+    #[inline(always)]
+    fn nearest(self, value: f32, by: f32) -> f32 {
+        (value * by).round_ties_even().clamp(self.low, self.high)
     }
-    let (low, top) = (*range.start() as f32, *range.end() as f32);
-    let signed = low < 0.0;
-    let plain = held(float, if signed { peak.abs() / top } else { peak / top })?;
-    if method != Method::Search {
-        return Ok(plain);
-    }
-    let cost = |level: f32| -> f64 {
-        let errors = values.iter().zip(costs).map(|(&v, &c)| {
-            let error = (nearest(v, level, range) as f32 * level - v) as f64;
-            c as f64 * error * error
-        });
-        errors.sum()
-    };
-    let mut best = (plain, cost(plain));
-    let mut offer = |level: f32| {
-        let level = float.round(level);
-        if level.is_finite() && level != 0.0 {
-            let cost = cost(level);
-            if cost < best.1 {
-                best = (level, cost);
+
+    /// The second-level scale of one span: the one that just holds the largest number, or of those around it the one of
+    /// least cost. It has the sign of the numbers where codes are unsigned.
+    #[inline(always)]
+    fn second_level<S: Simd>(self, s: S, values: &[f32], costs: &[f32], method: Method) -> Result<f32, String> {
+        let mut peak = 0f32;
+        for &value in values {
+            peak = if value.abs() > peak.abs() { value } else { peak };
+        }
+        if peak == 0.0 {
+            return Ok(0.0);
+        }
+        let signed = self.low < 0.0;
+        let plain = held(self.float, if signed { peak.abs() / self.high } else { peak / self.high })?;
+        if method != Method::Search {
+            return Ok(plain);
+        }
+        let mut best = (plain, lanes(s, self.cost(s, values, costs, [plain; LANES]))[0]);
+        let ends = [peak / self.high, if signed { peak / self.low } else { 0.0 }];
+        for end in &ends[..if signed { 2 } else { 1 }] {
+            for first in (0..TRIED).step_by(LANES) {
+                let mut levels = [plain; LANES];
+                for (i, level) in levels.iter_mut().enumerate() {
+                    let by = NARROW + (WIDE - NARROW) * (first + i) as f32 / (TRIED - 1) as f32;
+                    *level = self.usable(end / by).unwrap_or(plain);
+                }
+                let cost = self.cost(s, values, costs, levels);
+                if let Some(lane) = least(s, cost, best.1) {
+                    best = (levels[lane], lanes(s, cost)[lane]);
+                }
             }
         }
-    };
-    let ends = [peak / top, if signed { peak / low } else { 0.0 }];
-    for end in ends {
-        for i in 0..24 {
-            offer(end / (0.97 + 0.015 * i as f32));
+        // The codes of the best level, fitted by least squares.
+        let by = inverse(best.0);
+        let (mut vc, mut cc) = (0f64, 0f64);
+        for (&v, &c) in values.iter().zip(costs) {
+            let code = self.nearest(v, by) as f64;
+            vc += c as f64 * code * v as f64;
+            cc += c as f64 * code * code;
         }
+        let Some(fitted) = self.usable((vc / cc) as f32) else { return Ok(best.0) };
+        let cost = lanes(s, self.cost(s, values, costs, [fitted; LANES]))[0];
+        Ok(if cost < best.1 { fitted } else { best.0 })
     }
-    // The codes of the best level, fitted by least squares.
-    let level = best.0;
-    let (mut vc, mut cc) = (0f64, 0f64);
-    for (&v, &c) in values.iter().zip(costs) {
-        let code = nearest(v, level, range) as f64;
-        vc += c as f64 * code * v as f64;
-        cc += c as f64 * code * code;
+
+    /// The level as it is stored, if that is a scale.
+    fn usable(self, level: f32) -> Option<f32> {
+        let level = self.float.round(level);
+        (level.is_finite() && level != 0.0).then_some(level)
     }
-    if cc > 0.0 {
-        let level = float.round((vc / cc) as f32);
-        if level.is_finite() && level != 0.0 && cost(level) < best.1 {
-            return Ok(level);
+
+    /// What numbers rounded to the codes of each level cost.
+    #[inline(always)]
+    fn cost<S: Simd>(self, s: S, values: &[f32], costs: &[f32], levels: [f32; LANES]) -> S::F32 {
+        let mut by = [0.0; LANES];
+        for (by, level) in by.iter_mut().zip(levels) {
+            *by = inverse(level);
         }
+        let (by, levels, low, high) = (s.load(&by), s.load(&levels), s.splat(self.low), s.splat(self.high));
+        let mut sum = s.splat(0.0);
+        for (&value, &cost) in values.iter().zip(costs) {
+            let value = s.splat(value);
+            let code = s.to_f32(s.to_i32(s.min(s.max(s.mul(value, by), low), high)));
+            let off = s.fnma(code, levels, value);
+            sum = s.fma(s.mul(s.splat(cost), off), off, sum);
+        }
+        sum
     }
-    Ok(best.0)
 }
 
 /// The scales of a whole tensor as QLoRA stores them (bitsandbytes' nested quantization): the mean is taken off, then

@@ -19,9 +19,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// Values of a block of rows: large enough to keep many cores busy, small enough that the output's memory doesn't
-/// matter. Fixed, because sums of errors are made block by block and must not depend on the machine.
-pub(super) const BLOCK_VALUES: usize = 8 << 20;
+/// Values of a block of rows, one core's work between two waits for the others. Fixed, because sums of errors are made
+/// block by block and must not depend on the machine.
+pub(super) const BLOCK_VALUES: usize = 1 << 20;
+
+/// Values that are worked on at the same time: enough to keep many cores busy, and few enough that the output's memory
+/// doesn't matter.
+pub(super) const WINDOW_VALUES: usize = 8 << 20;
 
 /// How to write.
 #[derive(Debug)]
@@ -191,10 +195,7 @@ impl Engine<'_> {
         }
         let manifest = self.manifest(output, layout, sidecars, &tensors)?;
         output.write(Path::new(MANIFEST), &manifest.to_bytes()?)?;
-        output.commit(|dir| {
-            verify(dir, self.progress, self.options.stop)?;
-            self.options.judge.map_or(Ok(()), |judge| (judge.0)(dir))
-        })?;
+        output.commit(|dir| self.options.judge.map_or(Ok(()), |judge| (judge.0)(dir)))?;
         Ok((tensors, resumed))
     }
 
@@ -228,7 +229,7 @@ impl Engine<'_> {
             if self.stopped() {
                 return Err(QuantError::Stopped);
             }
-            let (window, after) = rest.split_at(self.window(rest));
+            let (window, after) = rest.split_at(window(rest.iter().map(|b| self.items[b.item].values(&b.rows))));
             let results: Vec<(Sums, [u8; 32])> =
                 window.par_iter().map(|block| self.block(block, shards)).collect::<Result<_>>()?;
             for (block, (sums, digest)) in window.iter().zip(results) {
@@ -250,15 +251,6 @@ impl Engine<'_> {
             rest = after;
         }
         Ok((records.into_iter().flatten().collect(), resumed))
-    }
-
-    fn window(&self, blocks: &[Block]) -> usize {
-        let mut values = 0;
-        let fits = |b: &&Block| {
-            values += self.items[b.item].values(&b.rows);
-            values <= BLOCK_VALUES
-        };
-        blocks.iter().take_while(fits).count().max(1)
     }
 
     fn finish(&self, item: &Item, sums: Sums) -> TensorRecord {
@@ -339,6 +331,7 @@ impl Engine<'_> {
         }
     }
 
+    /// Reads everything again: files for their hashes, and tensors to see that they decode.
     fn manifest(
         &self,
         output: &OutputDir,
@@ -351,7 +344,8 @@ impl Engine<'_> {
         names.extend(sidecars.iter().map(|s| s.1.clone()));
         names.extend(self.options.extra.iter().map(|e| e.0.clone()));
         let length = |name: &PathBuf| output.partial().join(name).metadata().map_or(0, |m| m.len());
-        self.progress.start(Stage::Hash, tensors.len(), names.iter().map(length).sum());
+        let (hashed, decoded) = (names.iter().map(length).sum::<u64>(), tensors.iter().map(|t| t.bytes).sum::<u64>());
+        self.progress.start(Stage::Verify, tensors.len(), hashed + decoded);
         let advance = |bytes: u64| {
             self.progress.advance(bytes);
             !self.stopped()
@@ -360,7 +354,11 @@ impl Engine<'_> {
             let record = FileRecord::of(&output.partial().join(name), &advance)?;
             Ok((name.to_string_lossy().into_owned(), record))
         };
-        let files = names.par_iter().map(record).collect::<Result<BTreeMap<_, _>>>()?;
+        let (files, decoded) = rayon::join(
+            || names.par_iter().map(record).collect::<Result<BTreeMap<_, _>>>(),
+            || verify::tensors(output.partial(), Some(tensors), self.progress, self.options.stop),
+        );
+        decoded?;
         let name = self.source.path().canonicalize().ok();
         let name = name.as_deref().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         Ok(Manifest {
@@ -370,7 +368,7 @@ impl Engine<'_> {
             source: SourceRecord { name, fingerprint: self.source_fingerprint() },
             recipe: self.made.recipe.clone(),
             seed: self.made.seed,
-            files,
+            files: files?,
             tensors: tensors.to_vec(),
         })
     }
@@ -475,21 +473,45 @@ fn not_finite(name: &str, value: f32, at: usize, cols: usize) -> QuantError {
     tensor_error(name, format!("value {value} at row {row}, column {col}, wanted finite ones"))
 }
 
+/// How many blocks of these many values are done at the same time, from the first one on: as many as together have no more
+/// than [`WINDOW_VALUES`], or the one that alone has more.
+pub(super) fn window(values: impl Iterator<Item = usize>) -> usize {
+    let fits = |sum: &mut usize, values: usize| {
+        *sum += values;
+        (*sum <= WINDOW_VALUES).then_some(())
+    };
+    values.scan(0, fits).count().max(1)
+}
+
 /// Row sums in parallel, added up in order: the same for any number of threads.
 fn sums(tensor: &QTensor, values: &[f32]) -> Sums {
     let k = tensor.shape[1];
     if k == 0 {
         return Sums::default();
     }
-    let row = |(r, values): (usize, &[f32])| {
-        let mut decoded = vec![0.0; k];
-        tensor.dequantize_row(r, &mut decoded);
-        let square = |v: f32| v as f64 * v as f64;
-        let signal: f64 = values.iter().map(|v| square(*v)).sum();
-        (signal, values.iter().zip(&decoded).map(|(a, b)| square(a - b)).sum::<f64>())
+    let row = |decoded: &mut Vec<f32>, (r, values): (usize, &[f32])| {
+        decoded.resize(k, 0.0);
+        tensor.dequantize_row(r, decoded);
+        squares(values, decoded)
     };
-    let rows: Vec<(f64, f64)> = values.par_chunks(k).enumerate().map(row).collect();
+    let rows: Vec<(f64, f64)> = values.par_chunks(k).enumerate().map_init(Vec::new, row).collect();
     rows.iter().fold(Sums::default(), |s, (signal, error)| Sums { signal: s.signal + signal, error: s.error + error })
+}
+
+/// The sums of squares of values and of their differences from others, each of eight running sums.
+fn squares(values: &[f32], others: &[f32]) -> (f64, f64) {
+    let (mut signal, mut error) = ([0f64; 8], [0f64; 8]);
+    let mut add = |i: usize, value: f32, other: f32| {
+        let (value, off) = (value as f64, (value - other) as f64);
+        signal[i] += value * value;
+        error[i] += off * off;
+    };
+    let ((values, last), (others, others_last)) = (values.as_chunks::<8>(), others.as_chunks::<8>());
+    for (values, others) in values.iter().zip(others) {
+        (0..8).for_each(|i| add(i, values[i], others[i]));
+    }
+    last.iter().zip(others_last).enumerate().for_each(|(i, (value, other))| add(i, *value, *other));
+    (signal.iter().sum(), error.iter().sum())
 }
 
 fn sidecar_bytes(sidecars: &[Sidecar]) -> u64 {

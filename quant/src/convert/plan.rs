@@ -1,6 +1,6 @@
 //! What a conversion would do, before it touches a value.
 
-use super::engine::{BLOCK_VALUES, Item, Work};
+use super::engine::{Item, WINDOW_VALUES, Work};
 use crate::error::Result;
 use crate::format::native::Entry;
 use crate::format::shards::{Bundle, Slot};
@@ -117,7 +117,7 @@ impl Plan {
             "{} MiB + {MEMORY_PER_VALUE} bytes x values in flight (at least {} Mi, or the largest block of rows) + the \
              largest tensor's bytes in the source, and calibration's Gram matrices with their factors",
             BASE_MEMORY >> 20,
-            BLOCK_VALUES >> 20
+            WINDOW_VALUES >> 20
         )
     }
 }
@@ -163,7 +163,7 @@ pub fn plan_with(source: &dyn TensorSource, choose: &dyn Fn(&TensorInfo) -> Resu
         });
         plan.items.push(item);
     }
-    let values = plan.items.iter().map(Item::largest_block).max().unwrap_or(0).max(BLOCK_VALUES);
+    let values = plan.items.iter().map(Item::largest_block).max().unwrap_or(0).max(WINDOW_VALUES);
     let source_bytes = plan.rows.iter().map(|r| r.bytes_before).max().unwrap_or(0);
     plan.peak_memory = BASE_MEMORY + MEMORY_PER_VALUE * values as u64 + source_bytes;
     Ok(plan)

@@ -4,8 +4,8 @@ use crate::manifest::TensorRecord;
 
 /// Told about a conversion's course, from several threads.
 pub trait Progress: Sync {
-    /// A stretch of work begins: this many tensors and bytes are to be read. A conversion has three: it converts the
-    /// tensors, hashes the files it has written, and opens and verifies them.
+    /// A stretch of work begins: this many tensors and bytes are to be read. A conversion has two: it converts the
+    /// tensors, and reads again what it has written.
     fn start(&self, what: Stage, tensors: usize, bytes: u64);
     /// Bytes of this stretch are done (or were found finished by an earlier run).
     fn advance(&self, bytes: u64);
@@ -20,8 +20,6 @@ pub trait Progress: Sync {
 pub enum Stage {
     /// Tensors are converted.
     Convert,
-    /// Files are hashed for the manifest.
-    Hash,
     /// Files are read again: hashed, decoded, looked at.
     Verify,
 }

@@ -1,13 +1,16 @@
 //! Looks at a whole checkpoint: do its files agree with the manifest, do its tensors decode, are they finite.
 
 use super::Progress;
-use super::engine::{BLOCK_VALUES, refuse_non_finite};
+use super::engine::{BLOCK_VALUES, refuse_non_finite, window};
 use super::progress::Stage;
 use crate::QuantError;
 use crate::error::Result;
 use crate::format::native::NativeSource;
-use crate::format::{self, Stored, TensorSource, tensor_error};
-use crate::manifest::{MANIFEST, Manifest};
+use crate::format::{self, Stored, TensorInfo, TensorSource, tensor_error};
+use crate::manifest::{MANIFEST, Manifest, TensorRecord};
+use rayon::prelude::*;
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -44,40 +47,56 @@ pub fn verify(path: &Path, progress: &dyn Progress, stop: Option<&AtomicBool>) -
             go_on()
         })?;
     }
+    let wanted = manifest.as_ref().map(|m| m.tensors.as_slice());
+    let files = manifest.as_ref().map_or(0, |m| m.files.len());
+    Ok(Verified { files, ..tensors(path, wanted, progress, stop)? })
+}
+
+/// The same without hashes: opens the checkpoint, finds the tensors that are `wanted`, and decodes all.
+pub(super) fn tensors(
+    path: &Path,
+    wanted: Option<&[TensorRecord]>,
+    progress: &dyn Progress,
+    stop: Option<&AtomicBool>,
+) -> Result<Verified> {
     let format = format::detect(path)?;
     let source = (format.open)(path)?;
-    if let Some(manifest) = &manifest {
-        let stored: Vec<&str> = source.infos().iter().map(|i| i.name.as_str()).collect();
-        if let Some(gone) = manifest.tensors.iter().find(|t| !stored.contains(&t.name.as_str())) {
+    let infos = source.infos();
+    if let Some(wanted) = wanted {
+        let stored: BTreeSet<&str> = infos.iter().map(|i| i.name.as_str()).collect();
+        if let Some(gone) = wanted.iter().find(|t| !stored.contains(t.name.as_str())) {
             return Err(tensor_error(&gone.name, "is in the manifest but not in the weights"));
         }
     } else {
-        let bytes = source.infos().iter().map(|i| i.bytes as u64).sum();
-        progress.start(Stage::Verify, source.infos().len(), bytes);
+        progress.start(Stage::Verify, infos.len(), infos.iter().map(|i| i.bytes as u64).sum());
     }
-    let mut verified = Verified { format: format.name, tensors: 0, opaque: 0, files: 0 };
-    verified.files = manifest.map_or(0, |m| m.files.len());
-    let mut values = Vec::new();
-    for info in source.infos() {
-        if !info.stored.is_float() {
-            verified.opaque += 1;
-            progress.advance(info.bytes as u64);
-            continue;
+    let mut blocks = Vec::new();
+    for info in infos.iter().filter(|i| i.stored.is_float()) {
+        blocks.extend(row_blocks(&*source, &info.name)?.map(|rows| (info, rows)));
+    }
+    let decode = |values: &mut Vec<f32>, (info, rows): &(&TensorInfo, Range<usize>)| {
+        if stop.is_some_and(|s| s.load(Ordering::Relaxed)) {
+            return Err(QuantError::Stopped);
         }
         let (n, cols) = info.rows_cols();
-        for rows in row_blocks(&*source, &info.name)? {
-            if !go_on() {
-                return Err(QuantError::Stopped);
-            }
-            let (first, count) = (rows.start, rows.len() as u64);
-            source.read_rows_f32(&info.name, rows, &mut values)?;
-            refuse_non_finite(&info.name, &values, first, cols)?;
-            progress.advance(info.bytes as u64 * count / n.max(1) as u64);
-        }
-        source.release(&info.name);
-        verified.tensors += 1;
+        source.read_rows_f32(&info.name, rows.clone(), values)?;
+        refuse_non_finite(&info.name, values, rows.start, cols)?;
+        progress.advance(info.bytes as u64 * rows.len() as u64 / n.max(1) as u64);
+        Ok(())
+    };
+    let mut rest = blocks.as_slice();
+    while !rest.is_empty() {
+        let (together, after) = rest.split_at(window(rest.iter().map(|(i, rows)| rows.len() * i.rows_cols().1)));
+        let outcomes: Vec<Result<()>> = together.par_iter().map_init(Vec::new, decode).collect();
+        outcomes.into_iter().collect::<Result<()>>()?;
+        let done = |(info, rows): &&(&TensorInfo, Range<usize>)| rows.end == info.rows_cols().0;
+        together.iter().filter(done).for_each(|(info, _)| source.release(&info.name));
+        rest = after;
     }
-    Ok(verified)
+    let opaque = infos.iter().filter(|i| !i.stored.is_float());
+    let (count, bytes) = opaque.fold((0, 0), |(count, bytes), i| (count + 1, bytes + i.bytes as u64));
+    progress.advance(bytes);
+    Ok(Verified { format: format.name, tensors: infos.len() - count, opaque: count, files: 0 })
 }
 
 /// Rows to read at once, in order. Tensors whose rows don't stand alone are read whole.
