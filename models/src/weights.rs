@@ -2,8 +2,9 @@
 
 use crate::backend::{DenseMatrix, Matrix};
 use crate::error::{ModelError, Result};
+use half::f16;
 use nibble_quant::FloatFormat;
-use nibble_quant::format::source::{Dtype, Stored, TensorInfo, TensorSource};
+use nibble_quant::format::source::{Dtype, Stored, TensorInfo, TensorSource, encode_f32};
 use std::borrow::Cow;
 
 /// A checkpoint's tensors with the shapes that a model asks for.
@@ -32,10 +33,11 @@ impl<'a> Weights<'a> {
             Stored::Plain(Dtype::F32) => (FloatFormat::F32, Cow::Borrowed(self.source.bytes(name)?)),
             Stored::Plain(Dtype::F16) => (FloatFormat::F16, Cow::Borrowed(self.source.bytes(name)?)),
             Stored::Plain(Dtype::BF16) => (FloatFormat::Bf16, Cow::Borrowed(self.source.bytes(name)?)),
-            _ => {
+            stored => {
                 let mut values = Vec::new();
                 self.source.read_f32(name, &mut values)?;
-                (FloatFormat::F32, Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect()))
+                let (dtype, format) = dense(stored, &values);
+                (format, Cow::Owned(encode_f32(name, &values, dtype)?))
             }
         };
         Ok(Matrix::Dense(DenseMatrix { n, k, dtype, bytes }))
@@ -58,6 +60,17 @@ impl<'a> Weights<'a> {
     }
 }
 
+/// What values are held in that kernels don't take as they are stored. Codes (Q6_K) have less than the 11 bits of half
+/// precision, which may not reach as far.
+fn dense(stored: &Stored, values: &[f32]) -> (Dtype, FloatFormat) {
+    let half = match stored {
+        Stored::Blocks(block) if block.plain.is_none() => values.iter().all(|v| v.abs() <= f16::MAX.to_f32()),
+        Stored::Blocks(block) => block.plain == Some(Dtype::F16),
+        _ => false,
+    };
+    if half { (Dtype::F16, FloatFormat::F16) } else { (Dtype::F32, FloatFormat::F32) }
+}
+
 fn check_shape(source: &dyn TensorSource, info: &TensorInfo, wanted: &[usize]) -> Result<()> {
     if info.shape == wanted {
         return Ok(());
@@ -66,4 +79,27 @@ fn check_shape(source: &dyn TensorSource, info: &TensorInfo, wanted: &[usize]) -
         path: source.path().to_path_buf(),
         why: format!("tensor `{}` is {:?}; config.json asks for {wanted:?}", info.name, info.shape),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nibble_quant::format::gguf::BLOCKS;
+
+    #[test]
+    fn codes_are_held_in_half_precision_and_floats_lose_nothing() {
+        for block in BLOCKS {
+            let (stored, values) = (Stored::Blocks(block), [0.25, -65504.0, 0.0]);
+            let held = dense(&stored, &values).1;
+            let wanted = match block.name {
+                "F32" | "BF16" => FloatFormat::F32,
+                _ => FloatFormat::F16,
+            };
+            assert_eq!(held, wanted, "{}", block.name);
+            if block.plain.is_none() {
+                assert_eq!(dense(&stored, &[0.25, 65536.0]).1, FloatFormat::F32, "{}", block.name);
+            }
+        }
+        assert_eq!(dense(&Stored::Plain(Dtype::F64), &[0.5]).1, FloatFormat::F32);
+    }
 }

@@ -214,7 +214,7 @@ pub fn decode_rows(info: &TensorInfo, bytes: &[u8], rows: Range<usize>, out: &mu
             let per_task = CHUNK / block.values;
             out.par_chunks_mut(per_task * block.values)
                 .zip(bytes.par_chunks(per_task * block.bytes))
-                .for_each(|(out, bytes)| (block.decode)(bytes, out));
+                .for_each(|(out, bytes)| block.decode(bytes, out));
         }
         Stored::Quantized(_) => {
             return Err(tensor_error(&info.name, "is stored in parts, wanted one piece"));

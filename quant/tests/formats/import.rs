@@ -281,7 +281,7 @@ fn blocks_run_in_their_own_arithmetic_value_for_value() {
         }
     }
     exact.dedup();
-    assert_eq!(exact, ["Q4_0", "Q4_1", "Q8_0", "IQ4_NL"]);
+    assert_eq!(exact, ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS"]);
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn a_block_writes_all_its_values_and_no_more() {
     for block in BLOCKS {
         let bytes: Vec<u8> = vec![0x11; 3 * block.bytes];
         let mut out = vec![f32::NAN; 3 * block.values + 1];
-        (block.decode)(&bytes, &mut out[..3 * block.values]);
+        block.decode(&bytes, &mut out[..3 * block.values]);
         assert!(out[..3 * block.values].iter().all(|v| v.is_finite()), "{}", block.name);
         assert!(out[3 * block.values].is_nan(), "{}", block.name);
     }

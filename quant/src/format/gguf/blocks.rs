@@ -10,9 +10,11 @@
 //! Q6_K 210          q[128] h[64] i8 s[16] d   (q - 32) * (d * s), 16 sub-blocks
 //! IQ4_XS 136        d u16 h, l[4] q[128]      table[q] * (d * (s6 - 32)), 8 sub-blocks
 //! ```
-//! Arithmetic is done in f32 in the order of the reference implementation, so that values agree to the bit.
+//! Arithmetic is done in f32 in the order of the reference implementation, so that values agree to the bit. A
+//! minimum that is taken off is the same as its negative added.
 
-use half::f16;
+use crate::spec::{Grid, Table, Zero};
+use half::{bf16, f16};
 use safetensors::Dtype;
 
 /// One type of tensor data: plain values are blocks of one.
@@ -28,8 +30,43 @@ pub struct BlockType {
     pub bytes: usize,
     /// The element type, if values are stored one by one.
     pub plain: Option<Dtype>,
-    /// Decodes whole blocks: `bytes` per block in, `values` per block out.
-    pub decode: fn(&[u8], &mut [f32]),
+    /// What its codes mean, if it has codes.
+    pub(crate) coded: Option<Coded>,
+}
+
+/// The codes and scales of a block type.
+#[derive(Debug)]
+pub(crate) struct Coded {
+    pub(crate) grid: Grid,
+    pub(crate) zero: Zero,
+    /// Values that share a scale.
+    pub(crate) group: usize,
+    /// Bits of the scales' codes, if the block has a scale for its scales.
+    pub(crate) scale_bits: Option<u8>,
+    /// Takes a block apart.
+    pub(crate) parts: fn(&[u8], &mut Parts),
+}
+
+/// Most values of a block, and most groups.
+const VALUES: usize = 256;
+const GROUPS: usize = 16;
+
+/// A block taken apart. A value is `d * scale * level(code)`, with a minimum `m * min` more.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) codes: [u8; VALUES],
+    /// Codes of the groups' scales and minimums; ones where the block has only `d` and `m`.
+    pub(crate) scales: [i16; GROUPS],
+    pub(crate) mins: [i16; GROUPS],
+    pub(crate) d: f32,
+    /// -0 without minimums: adding that changes no number.
+    pub(crate) m: f32,
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        Parts { codes: [0; VALUES], scales: [1; GROUPS], mins: [1; GROUPS], d: 0.0, m: -0.0 }
+    }
 }
 
 impl PartialEq for BlockType {
@@ -38,21 +75,43 @@ impl PartialEq for BlockType {
     }
 }
 
+const fn plain_type(id: u32, name: &'static str, bytes: usize, dtype: Dtype) -> BlockType {
+    BlockType { id, name, values: 1, bytes, plain: Some(dtype), coded: None }
+}
+
+const fn coded_type(id: u32, name: &'static str, values: usize, bytes: usize, coded: Coded) -> BlockType {
+    BlockType { id, name, values, bytes, plain: None, coded: Some(coded) }
+}
+
+/// Blocks with one scale.
+const fn one(grid: Grid, zero: Zero, parts: fn(&[u8], &mut Parts)) -> Coded {
+    Coded { grid, zero, group: 32, scale_bits: None, parts }
+}
+
+/// Blocks with a scale for their scales.
+const fn two(grid: Grid, zero: Zero, group: usize, bits: u8, parts: fn(&[u8], &mut Parts)) -> Coded {
+    Coded { grid, zero, group, scale_bits: Some(bits), parts }
+}
+
+const fn int(bits: u8) -> Grid {
+    Grid::Int { bits }
+}
+
 /// Every type that can be read.
 pub static BLOCKS: &[BlockType] = &[
-    BlockType { id: 0, name: "F32", values: 1, bytes: 4, plain: Some(Dtype::F32), decode: |b, o| each(b, o, f32) },
-    BlockType { id: 1, name: "F16", values: 1, bytes: 2, plain: Some(Dtype::F16), decode: |b, o| each(b, o, half) },
-    BlockType { id: 30, name: "BF16", values: 1, bytes: 2, plain: Some(Dtype::BF16), decode: |b, o| each(b, o, bf16) },
-    BlockType { id: 2, name: "Q4_0", values: 32, bytes: 18, plain: None, decode: |b, o| each(b, o, q4_0) },
-    BlockType { id: 3, name: "Q4_1", values: 32, bytes: 20, plain: None, decode: |b, o| each(b, o, q4_1) },
-    BlockType { id: 6, name: "Q5_0", values: 32, bytes: 22, plain: None, decode: |b, o| each(b, o, q5_0) },
-    BlockType { id: 7, name: "Q5_1", values: 32, bytes: 24, plain: None, decode: |b, o| each(b, o, q5_1) },
-    BlockType { id: 8, name: "Q8_0", values: 32, bytes: 34, plain: None, decode: |b, o| each(b, o, q8_0) },
-    BlockType { id: 12, name: "Q4_K", values: 256, bytes: 144, plain: None, decode: |b, o| each(b, o, q4_k) },
-    BlockType { id: 13, name: "Q5_K", values: 256, bytes: 176, plain: None, decode: |b, o| each(b, o, q5_k) },
-    BlockType { id: 14, name: "Q6_K", values: 256, bytes: 210, plain: None, decode: |b, o| each(b, o, q6_k) },
-    BlockType { id: 20, name: "IQ4_NL", values: 32, bytes: 18, plain: None, decode: |b, o| each(b, o, iq4_nl) },
-    BlockType { id: 23, name: "IQ4_XS", values: 256, bytes: 136, plain: None, decode: |b, o| each(b, o, iq4_xs) },
+    plain_type(0, "F32", 4, Dtype::F32),
+    plain_type(1, "F16", 2, Dtype::F16),
+    plain_type(30, "BF16", 2, Dtype::BF16),
+    coded_type(2, "Q4_0", 32, 18, one(int(4), Zero::FullRange, |b, p| short(b, p, 4, false))),
+    coded_type(3, "Q4_1", 32, 20, one(int(4), Zero::Min, |b, p| short(b, p, 4, true))),
+    coded_type(6, "Q5_0", 32, 22, one(int(5), Zero::FullRange, |b, p| short(b, p, 5, false))),
+    coded_type(7, "Q5_1", 32, 24, one(int(5), Zero::Min, |b, p| short(b, p, 5, true))),
+    coded_type(8, "Q8_0", 32, 34, one(int(8), Zero::FullRange, q8_0)),
+    coded_type(12, "Q4_K", 256, 144, two(int(4), Zero::Min, 32, 6, q4_k)),
+    coded_type(13, "Q5_K", 256, 176, two(int(5), Zero::Min, 32, 6, q5_k)),
+    coded_type(14, "Q6_K", 256, 210, two(int(6), Zero::FullRange, 16, 8, q6_k)),
+    coded_type(20, "IQ4_NL", 32, 18, one(Grid::Table(Table::Iq4Nl), Zero::Symmetric, |b, p| short(b, p, 4, false))),
+    coded_type(23, "IQ4_XS", 256, 136, two(Grid::Table(Table::Iq4Nl), Zero::Symmetric, 32, 6, iq4_xs)),
 ];
 
 /// Types that exist but can't be read, for error messages.
@@ -89,146 +148,139 @@ pub fn plain(dtype: Dtype) -> Option<&'static BlockType> {
     BLOCKS.iter().find(|b| b.plain == Some(dtype))
 }
 
-/// llama.cpp's non-linear levels.
-const IQ4_LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
-
-fn each<const BYTES: usize, const VALUES: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    decode: impl Fn(&[u8; BYTES], &mut [f32; VALUES]),
-) {
-    for (block, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-        decode(block, out);
+fn each<const N: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -> f32) {
+    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+        *out = value(*bytes);
     }
 }
 
-fn f32(b: &[u8; 4], out: &mut [f32; 1]) {
-    *out = [f32::from_le_bytes(*b)];
+impl BlockType {
+    /// Decodes whole blocks: `bytes` per block in, `values` per block out.
+    pub fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+        let Some(coded) = &self.coded else {
+            return match self.plain {
+                Some(Dtype::F16) => each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+                Some(Dtype::BF16) => each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+                _ => each(bytes, out, f32::from_le_bytes),
+            };
+        };
+        let mut parts = Parts::default();
+        for (block, out) in bytes.chunks_exact(self.bytes).zip(out.chunks_exact_mut(self.values)) {
+            (coded.parts)(block, &mut parts);
+            coded.values(&parts, out);
+        }
+    }
 }
 
-fn half(b: &[u8; 2], out: &mut [f32; 1]) {
-    *out = [f16_at(b, 0)];
-}
-
-fn bf16(b: &[u8; 2], out: &mut [f32; 1]) {
-    *out = [half::bf16::from_le_bytes(*b).to_f32()];
+impl Coded {
+    fn values(&self, parts: &Parts, out: &mut [f32]) {
+        let levels = match self.grid {
+            Grid::Table(table) => Some(table.levels()),
+            Grid::Int { .. } => None,
+        };
+        let middle = if self.zero == Zero::FullRange { 1 << (self.grid.bits() - 1) } else { 0 };
+        let codes = parts.codes.chunks(self.group);
+        for (g, (codes, out)) in codes.zip(out.chunks_mut(self.group)).enumerate() {
+            let (scale, min) = (parts.d * parts.scales[g] as f32, parts.m * parts.mins[g] as f32);
+            for (code, out) in codes.iter().zip(out) {
+                let level = match &levels {
+                    Some(levels) => levels[(code & 15) as usize],
+                    None => (*code as i32 - middle) as f32,
+                };
+                *out = scale * level + min;
+            }
+        }
+    }
 }
 
 fn f16_at(b: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([b[at], b[at + 1]]).to_f32()
 }
 
-fn q4_0(b: &[u8; 18], out: &mut [f32; 32]) {
-    let d = f16_at(b, 0);
-    for j in 0..16 {
-        out[j] = d * ((b[2 + j] & 15) as i32 - 8) as f32;
-        out[j + 16] = d * ((b[2 + j] >> 4) as i32 - 8) as f32;
+/// Splits bytes into the low 4 bits of each, then the high ones.
+fn halves(bytes: &[u8], codes: &mut [u8]) {
+    let (low, high) = codes.split_at_mut(bytes.len());
+    for ((byte, low), high) in bytes.iter().zip(low).zip(high) {
+        (*low, *high) = (byte & 15, byte >> 4);
     }
 }
 
-fn q4_1(b: &[u8; 20], out: &mut [f32; 32]) {
-    let (d, m) = (f16_at(b, 0), f16_at(b, 2));
-    for j in 0..16 {
-        out[j] = d * (b[4 + j] & 15) as f32 + m;
-        out[j + 16] = d * (b[4 + j] >> 4) as f32 + m;
+/// A block of 32 codes of 4 or 5 bits: a scale, a minimum if it has one, the fifth bits, the others.
+fn short(b: &[u8], parts: &mut Parts, bits: usize, min: bool) {
+    parts.d = f16_at(b, 0);
+    let mut at = 2;
+    if min {
+        parts.m = f16_at(b, at);
+        at += 2;
+    }
+    let fifth = if bits == 5 { u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]) } else { 0 };
+    at += 4 * (bits - 4);
+    halves(&b[at..at + 16], &mut parts.codes[..32]);
+    for (i, code) in parts.codes[..32].iter_mut().enumerate() {
+        *code |= ((fifth >> i & 1) << 4) as u8;
     }
 }
 
-fn q5_0(b: &[u8; 22], out: &mut [f32; 32]) {
-    let d = f16_at(b, 0);
-    let high = u32::from_le_bytes([b[2], b[3], b[4], b[5]]);
-    for j in 0..16 {
-        out[j] = d * (five_bits(b[6 + j] & 15, high, j) - 16) as f32;
-        out[j + 16] = d * (five_bits(b[6 + j] >> 4, high, j + 16) - 16) as f32;
+fn q8_0(b: &[u8], parts: &mut Parts) {
+    parts.d = f16_at(b, 0);
+    for (code, byte) in parts.codes.iter_mut().zip(&b[2..34]) {
+        *code = byte ^ 0x80;
     }
 }
 
-fn q5_1(b: &[u8; 24], out: &mut [f32; 32]) {
-    let (d, m) = (f16_at(b, 0), f16_at(b, 2));
-    let high = u32::from_le_bytes([b[4], b[5], b[6], b[7]]);
-    for j in 0..16 {
-        out[j] = d * five_bits(b[8 + j] & 15, high, j) as f32 + m;
-        out[j + 16] = d * five_bits(b[8 + j] >> 4, high, j + 16) as f32 + m;
-    }
-}
-
-fn five_bits(low: u8, high: u32, at: usize) -> i32 {
-    low as i32 | ((high >> at & 1) << 4) as i32
-}
-
-fn q8_0(b: &[u8; 34], out: &mut [f32; 32]) {
-    let d = f16_at(b, 0);
-    for j in 0..32 {
-        out[j] = d * (b[2 + j] as i8) as f32;
-    }
-}
-
-/// The 6-bit scale and minimum of sub-block `j`: the first four lie in the low bits of the first 8 bytes, the others
-/// are split into the last 4 bytes and the high bits of the first 8.
-fn scale_min(s: &[u8], j: usize) -> (f32, f32) {
+/// The 6-bit scale and minimum of group `j`: the first four lie in the low bits of the first 8 bytes, the others are split
+/// into the last 4 bytes and the high bits of the first 8.
+fn scale_min(s: &[u8], j: usize) -> (i16, i16) {
     let (scale, min) = match j {
         0..4 => (s[j] & 63, s[j + 4] & 63),
         _ => (s[j + 4] & 15 | (s[j - 4] >> 6) << 4, s[j + 4] >> 4 | (s[j] >> 6) << 4),
     };
-    (scale as f32, min as f32)
+    (scale as i16, min as i16)
 }
 
-fn q4_k(b: &[u8; 144], out: &mut [f32; 256]) {
-    let (d, dmin) = (f16_at(b, 0), f16_at(b, 2));
+/// What Q4_K and Q5_K begin with, and their low bits from byte `at` on.
+fn with_minimums(b: &[u8], at: usize, parts: &mut Parts) {
+    (parts.d, parts.m) = (f16_at(b, 0), -f16_at(b, 2));
     for j in 0..8 {
-        let (scale, min) = scale_min(&b[4..16], j);
-        let (scale, min) = (d * scale, dmin * min);
-        let shift = 4 * (j % 2);
-        for l in 0..32 {
-            out[32 * j + l] = scale * (b[16 + 32 * (j / 2) + l] >> shift & 15) as f32 - min;
-        }
+        (parts.scales[j], parts.mins[j]) = scale_min(&b[4..16], j);
+    }
+    for (bytes, codes) in b[at..at + 128].chunks(32).zip(parts.codes.chunks_mut(64)) {
+        halves(bytes, codes);
     }
 }
 
-fn q5_k(b: &[u8; 176], out: &mut [f32; 256]) {
-    let (d, dmin) = (f16_at(b, 0), f16_at(b, 2));
-    for j in 0..8 {
-        let (scale, min) = scale_min(&b[4..16], j);
-        let (scale, min) = (d * scale, dmin * min);
-        let shift = 4 * (j % 2);
-        for l in 0..32 {
-            let code = (b[48 + 32 * (j / 2) + l] >> shift & 15) | (b[16 + l] >> j & 1) << 4;
-            out[32 * j + l] = scale * code as f32 - min;
-        }
+fn q4_k(b: &[u8], parts: &mut Parts) {
+    with_minimums(b, 16, parts);
+}
+
+fn q5_k(b: &[u8], parts: &mut Parts) {
+    with_minimums(b, 48, parts);
+    for (i, code) in parts.codes.iter_mut().enumerate() {
+        *code |= (b[16 + i % 32] >> (i / 32) & 1) << 4;
     }
 }
 
-fn q6_k(b: &[u8; 210], out: &mut [f32; 256]) {
-    let d = f16_at(b, 208);
-    for i in 0..256 {
+fn q6_k(b: &[u8], parts: &mut Parts) {
+    parts.d = f16_at(b, 208);
+    for (i, code) in parts.codes.iter_mut().enumerate() {
         // Halves of 128 values hold four runs of 32: low bits in two runs of 32 bytes, high bits two by two.
         let (half, run, l) = (i / 128, i % 128 / 32, i % 32);
         let low = b[64 * half + 32 * (run % 2) + l] >> (4 * (run / 2)) & 15;
         let high = b[128 + 32 * half + l] >> (2 * run) & 3;
-        let scale = d * (b[192 + i / 16] as i8) as f32;
-        out[i] = scale * ((low | high << 4) as i32 - 32) as f32;
+        *code = low | high << 4;
+    }
+    for (scale, byte) in parts.scales.iter_mut().zip(&b[192..208]) {
+        *scale = *byte as i8 as i16;
     }
 }
 
-fn iq4_nl(b: &[u8; 18], out: &mut [f32; 32]) {
-    let d = f16_at(b, 0);
-    for j in 0..16 {
-        out[j] = d * IQ4_LEVELS[(b[2 + j] & 15) as usize] as f32;
-        out[j + 16] = d * IQ4_LEVELS[(b[2 + j] >> 4) as usize] as f32;
-    }
-}
-
-fn iq4_xs(b: &[u8; 136], out: &mut [f32; 256]) {
-    let d = f16_at(b, 0);
+fn iq4_xs(b: &[u8], parts: &mut Parts) {
+    parts.d = f16_at(b, 0);
     let high = u16::from_le_bytes([b[2], b[3]]);
     for j in 0..8 {
         let low = b[4 + j / 2] >> (4 * (j % 2)) & 15;
-        let scale = low as i32 | ((high >> (2 * j) & 3) << 4) as i32;
-        let scale = d * (scale - 32) as f32;
-        for l in 0..16 {
-            let q = b[8 + 16 * j + l];
-            out[32 * j + l] = scale * IQ4_LEVELS[(q & 15) as usize] as f32;
-            out[32 * j + l + 16] = scale * IQ4_LEVELS[(q >> 4) as usize] as f32;
-        }
+        let scale = low as i16 | ((high >> (2 * j) & 3) << 4) as i16;
+        parts.scales[j] = scale - 32;
+        halves(&b[8 + 16 * j..][..16], &mut parts.codes[32 * j..][..32]);
     }
 }
