@@ -20,7 +20,7 @@ pub use diff::{Difference, diff};
 pub use engine::{Judge, Options, Report};
 pub use import::{import_gguf, transform};
 pub use levels::{OWN, levels_of, with_learned_levels};
-pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, plan_with};
+pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, Rows, plan_with};
 pub use progress::{Progress, Silent, Stage};
 pub use recipe::{fallbacks, plan, plan_after};
 pub use sidecars::sidecars;

@@ -1,6 +1,6 @@
 //! Does the work of a conversion: blocks of rows in parallel, each to its own place in the output.
 
-use super::plan::Quantize;
+use super::plan::{Quantize, Rows};
 use super::progress::Stage;
 use super::{Progress, Sidecar, sidecars, verify};
 use crate::error::Result;
@@ -428,7 +428,8 @@ impl Item {
         let units = self.units();
         let per_unit = self.values(&(0..1)).max(1);
         let step = match &self.work {
-            Work::Quantize(how) if !how.rows_stand_alone => units,
+            Work::Quantize(how) if how.rows == Rows::Tied => units,
+            Work::Quantize(how) if how.rows == Rows::Shared => WINDOW_VALUES / per_unit,
             _ => BLOCK_VALUES / per_unit,
         };
         let step = step.max(1);

@@ -36,8 +36,19 @@ pub struct Quantize {
     pub wanted: Option<&'static Algorithm>,
     /// Which rule chose it.
     pub why: String,
-    /// Whether a block of rows gives the same codes as the whole tensor.
-    pub rows_stand_alone: bool,
+    /// What rows have to do with each other.
+    pub rows: Rows,
+}
+
+/// How the rows of a tensor may be cut into blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// Any of them give the same codes as in the whole tensor.
+    Apart,
+    /// The same, but what they have in common (a factor of a Gram matrix) is dear: few blocks.
+    Shared,
+    /// Only all together give the tensor.
+    Tied,
 }
 
 impl fmt::Debug for Quantize {

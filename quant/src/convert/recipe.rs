@@ -3,7 +3,7 @@
 use super::blocks::Blocks;
 use super::engine::Work;
 use super::levels::OWN;
-use super::plan::{Choice, Plan, Quantize, plan_with};
+use super::plan::{Choice, Plan, Quantize, Rows, plan_with};
 use crate::error::Result;
 use crate::format::{Dtype, TensorSource};
 use crate::recipe::{Action, Keep, Recipe};
@@ -91,7 +91,11 @@ fn quantize(spec: &QuantSpec, algorithm: &'static str, calibrated: Option<&Arc<I
         label: algorithm.name.to_owned(),
         wanted: Some(wanted),
         why: why.to_owned(),
-        rows_stand_alone: spec.rows_stand_alone() && !rows_tied,
+        rows: match algorithm.gram {
+            _ if rows_tied || !spec.rows_stand_alone() => Rows::Tied,
+            true => Rows::Shared,
+            false => Rows::Apart,
+        },
     })
 }
 
@@ -109,7 +113,7 @@ fn taken(spec: &QuantSpec, algorithm: &'static str, blocks: &Arc<Blocks>) -> Res
         label: algorithm.name.to_owned(),
         wanted: None,
         why: String::new(),
-        rows_stand_alone: false,
+        rows: Rows::Tied,
     })
 }
 

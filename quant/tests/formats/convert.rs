@@ -62,7 +62,7 @@ fn choose(info: &TensorInfo) -> Result<Choice> {
             label: "int4-g32".into(),
             why: "rule 1".into(),
             wanted: None,
-            rows_stand_alone: true,
+            rows: Rows::Apart,
         }),
     })
 }
