@@ -1,5 +1,6 @@
 //! `nibble vision`: the whole way of a small ONNX model, and what it refuses.
 
+use crate::assets::asset;
 use crate::small::{constant, model, node, numbers};
 use crate::support::Place;
 use nibble_quant::onnx::External;
@@ -213,4 +214,26 @@ fn onnx_runtime_judges_and_is_timed() {
     let rows: Vec<_> = times.iter().map(|t| (t["model"].as_str().unwrap(), t["threads"].as_u64().unwrap())).collect();
     assert_eq!(rows, [("model.onnx", 1), ("int8.onnx", 1), ("model.onnx", 2), ("int8.onnx", 2)]);
     assert!(times.iter().all(|t| t["lower_decile_ms"].as_f64().unwrap() > 0.0), "{judged}");
+}
+
+#[test]
+fn an_encoder_quantized_as_a_checkpoint_is_judged_as_a_graph() {
+    let Some(weights) = asset("minilm", "assets/minilm/model.safetensors") else { return };
+    let (folder, tokenizer) = (weights.parent().unwrap(), weights.with_file_name("tokenizer.json"));
+    let (folder, tokenizer) = (folder.to_str().unwrap(), tokenizer.to_str().unwrap());
+    let place = Place::new();
+    place.run(&["quantize", folder, "-o", "int8", "--scheme", "int8-g32-dq"]).ok();
+    for (from, to) in [(folder, "float.onnx"), ("int8", "int8.onnx")] {
+        place.run(&["vision", "export", from, "-o", to]).ok();
+    }
+    let lines =
+        ["The ferry left at six, while the harbour was still grey.", "Rust has no garbage collector.", "Add salt."];
+    std::fs::write(place.path("texts.txt"), lines.join("\n")).unwrap();
+    let words =
+        ["vision", "eval", "float.onnx", "int8.onnx", "--data", "texts.txt", "--tokenizer", tokenizer, "--json"];
+    let judged = place.run(&words).json();
+    let states = &judged["outputs"][0];
+    // Eight bits in groups of 32 leave the weights at 44 dB, and six blocks add up what they cost.
+    assert!((28.0..60.0).contains(&states["sqnr_db"].as_f64().unwrap()), "{judged}");
+    assert!(states["cosine"].as_f64().unwrap() > 0.999, "{judged}");
 }

@@ -4,6 +4,7 @@
 //! ```text
 //! .pth, .safetensors, a folder --names--> architecture --builder--> nodes and weights --> Model
 //! ```
+//! Weights that `nibble quantize` has rounded are decoded: the graph then shows what that costs.
 
 mod bert;
 mod builder;
@@ -14,7 +15,7 @@ mod vit;
 use super::pth;
 use crate::config::Fields;
 use crate::{ModelError, Result};
-use nibble_quant::format::safetensors::SafetensorsSource;
+use nibble_quant::format;
 use nibble_quant::format::source::TensorSource;
 use nibble_quant::onnx::Model;
 use std::path::{Path, PathBuf};
@@ -77,7 +78,7 @@ pub(super) struct Checkpoint {
 
 enum Tensors {
     Read(pth::Weights),
-    Mapped(SafetensorsSource),
+    Mapped(Box<dyn TensorSource>),
 }
 
 impl Checkpoint {
@@ -85,7 +86,7 @@ impl Checkpoint {
         let pickled = path.extension().is_some_and(|e| matches!(e.to_str(), Some("pth" | "pt" | "bin")));
         let tensors = match pickled {
             true => Tensors::Read(pth::read(path)?),
-            false => Tensors::Mapped(SafetensorsSource::open(path)?),
+            false => Tensors::Mapped(format::open(path)?),
         };
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
         let file = folder.join("config.json");
@@ -137,7 +138,6 @@ impl Checkpoint {
             Tensors::Mapped(source) => {
                 let dims = source.info(name)?.shape.clone();
                 let mut values = Vec::new();
-                let source: &dyn TensorSource = source;
                 source.read_f32(name, &mut values)?;
                 source.release(name);
                 Ok((dims, values))
