@@ -22,14 +22,20 @@ LOG="$FOLDER/peers.log"
 [ -f "$FLOAT" ] || PYTHONPATH="$NIBBLE_ORACLES" python3 "$REPO/scripts/peers/to_gguf.py" "$FOLDER/offgrid" "$FLOAT" "$VOCABULARY" >&2
 [ -f "$IMATRIX" ] || "$BIN/llama-imatrix" -m "$FLOAT" -f "$CACHE/texts/calib.txt" -c 512 \
     --chunks $((${TOKENS:-16384} / 512)) -o "$IMATRIX" >>"$LOG" 2>&1
-score() { "$BIN/llama-perplexity" -f "$CACHE/texts/eval.txt" -c 512 -b 512 --chunks "$CHUNKS" --kl-divergence-base "$BASE" "$@" 2>&1; }
-[ -f "$BASE" ] || score -m "$FLOAT" >>"$LOG"
+# score BASE FLAG...
+score() {
+    local base="$1"
+    shift
+    "$BIN/llama-perplexity" -f "$CACHE/texts/eval.txt" -c 512 -b 512 --chunks "$CHUNKS" --kl-divergence-base "$base" "$@" 2>&1
+}
+# A base that was broken off mustn't be taken for a whole one.
+[ -f "$BASE" ] || { score "$BASE.part" -m "$FLOAT" >>"$LOG" && mv "$BASE.part" "$BASE"; }
 
 for type in "$@"; do
     file="$FOLDER/offgrid.$type.gguf"
     matrix=(--imatrix "$IMATRIX")
     [ "${type%-plain}" = "$type" ] || matrix=()
     [ -f "$file" ] || "$BIN/llama-quantize" "${matrix[@]}" "$FLOAT" "$file" "${type%-plain}" >>"$LOG" 2>&1
-    score -m "$file" --kl-divergence >"$file.log"
+    score "$BASE" -m "$file" --kl-divergence >"$file.log"
     PYTHONPATH="$NIBBLE_ORACLES" python3 "$REPO/scripts/peers/kl.py" "$type" "$file" "$file.log"
 done
