@@ -60,8 +60,8 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// What values are held in that kernels don't take as they are stored. Codes (Q6_K) have less than the 11 bits of half
-/// precision, which may not reach as far.
+/// What values are held in that kernels don't take as they are stored. Codes (Q6_K) have 6 bits, and half precision rounds to 11, but
+/// may not reach as far.
 fn dense(stored: &Stored, values: &[f32]) -> (Dtype, FloatFormat) {
     let half = match stored {
         Stored::Blocks(block) if block.plain.is_none() => values.iter().all(|v| v.abs() <= f16::MAX.to_f32()),

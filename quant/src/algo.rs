@@ -25,11 +25,9 @@ pub use levels::learn_levels;
 pub use rounding::Rounding;
 
 use crate::error::Result;
+use crate::first::first_where;
 use crate::stats::Input;
 use crate::{QTensor, QuantError, QuantSpec};
-
-/// Values that are looked at together for one that isn't finite.
-const STRETCH: usize = 1 << 12;
 
 /// What an algorithm is given.
 #[derive(Debug, Clone, Copy)]
@@ -172,12 +170,7 @@ impl AlgoInput<'_> {
         if n.max(k) > u32::MAX as usize {
             return Err(self.refuse(format!("a shape of {n} x {k}; 32 bits index a side")));
         }
-        // Stretches are judged without a branch in them: most have none that isn't.
-        let holds = |stretch: &[f32]| stretch.iter().fold(false, |found, w| found | !w.is_finite());
-        let stretch = self.weight.chunks(STRETCH).position(holds);
-        if let Some(at) =
-            stretch.and_then(|i| Some(i * STRETCH + self.weight[i * STRETCH..].iter().position(|w| !w.is_finite())?))
-        {
+        if let Some(at) = first_where(self.weight, |w| !w.is_finite()) {
             return Err(self.refuse(format!("{} at row {}, column {}", self.weight[at], at / k, at % k)));
         }
         let Some(importance) = self.importance else { return Ok(()) };

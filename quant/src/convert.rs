@@ -13,6 +13,7 @@ mod plan;
 mod progress;
 mod recipe;
 mod sidecars;
+mod sums;
 mod verify;
 
 pub use blocks::Blocks;

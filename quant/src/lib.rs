@@ -8,6 +8,7 @@ pub mod algo;
 pub mod bits;
 pub mod convert;
 pub mod error;
+mod first;
 pub mod format;
 mod linalg;
 pub mod manifest;

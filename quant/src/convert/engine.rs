@@ -2,16 +2,17 @@
 
 use super::plan::{Quantize, Rows};
 use super::progress::Stage;
+use super::sums::Sums;
 use super::{Progress, Sidecar, sidecars, verify};
+use crate::QuantError;
 use crate::error::Result;
+use crate::first::first_where;
 use crate::format::native;
 use crate::format::shards::{Bundle, Layout, SHARD_BYTES, ShardFiles};
-use crate::format::source::{Dtype, Stored, decode_rows, encode_f32, first_non_finite, first_where};
+use crate::format::source::{Dtype, Stored, decode_rows, encode_f32, first_non_finite};
 use crate::format::{Done, OutputDir, OutputOptions, TensorInfo, TensorSource, tensor_error};
 use crate::manifest::{FileRecord, MANIFEST, Manifest, SourceRecord, TensorRecord, hex};
-use crate::{QTensor, QuantError};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -130,21 +131,6 @@ pub(super) struct Engine<'a> {
     pub progress: &'a dyn Progress,
 }
 
-/// A block's part of what is known about its tensor.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-struct Sums {
-    /// Sum of squares of the values.
-    signal: f64,
-    /// Sum of squares of what quantization changed.
-    error: f64,
-}
-
-impl Sums {
-    fn sqnr_db(&self) -> Option<f64> {
-        (self.error > 0.0 && self.signal > 0.0).then(|| 10.0 * (self.signal / self.error).log10())
-    }
-}
-
 struct Block {
     item: usize,
     rows: Range<usize>,
@@ -237,8 +223,7 @@ impl Engine<'_> {
                 if block.rows.start == 0 {
                     (total, hash) = (Sums::default(), Sha256::new());
                 }
-                total.signal += sums.signal;
-                total.error += sums.error;
+                total = total.and(sums);
                 hash.update(digest);
                 if block.rows.end == item.units() {
                     self.source.release(&item.info.name);
@@ -324,7 +309,7 @@ impl Engine<'_> {
             Work::Floats(dtype) => Ok((Sums::default(), vec![encode_f32(name, &values, *dtype)?])),
             Work::Quantize(how) => {
                 let tensor = (how.quantizer)(name, [rows.len(), cols], &values)?;
-                let sums = sums(&tensor, &values);
+                let sums = Sums::of(&tensor, &values);
                 let parts = native::encode(name, &tensor)?;
                 Ok((sums, parts.into_iter().map(|p| p.bytes).collect()))
             }
@@ -428,8 +413,8 @@ impl Item {
         let units = self.units();
         let per_unit = self.values(&(0..1)).max(1);
         let step = match &self.work {
-            Work::Quantize(how) if how.rows == Rows::Tied => units,
-            Work::Quantize(how) if how.rows == Rows::Shared => WINDOW_VALUES / per_unit,
+            Work::Quantize(Quantize { rows: Rows::Tied, .. }) => units,
+            Work::Quantize(Quantize { rows: Rows::Shared, .. }) => WINDOW_VALUES / per_unit,
             _ => BLOCK_VALUES / per_unit,
         };
         let step = step.max(1);
@@ -482,37 +467,6 @@ pub(super) fn window(values: impl Iterator<Item = usize>) -> usize {
         (*sum <= WINDOW_VALUES).then_some(())
     };
     values.scan(0, fits).count().max(1)
-}
-
-/// Row sums in parallel, added up in order: the same for any number of threads.
-fn sums(tensor: &QTensor, values: &[f32]) -> Sums {
-    let k = tensor.shape[1];
-    if k == 0 {
-        return Sums::default();
-    }
-    let row = |decoded: &mut Vec<f32>, (r, values): (usize, &[f32])| {
-        decoded.resize(k, 0.0);
-        tensor.dequantize_row(r, decoded);
-        squares(values, decoded)
-    };
-    let rows: Vec<(f64, f64)> = values.par_chunks(k).enumerate().map_init(Vec::new, row).collect();
-    rows.iter().fold(Sums::default(), |s, (signal, error)| Sums { signal: s.signal + signal, error: s.error + error })
-}
-
-/// The sums of squares of values and of their differences from others, each of eight running sums.
-fn squares(values: &[f32], others: &[f32]) -> (f64, f64) {
-    let (mut signal, mut error) = ([0f64; 8], [0f64; 8]);
-    let mut add = |i: usize, value: f32, other: f32| {
-        let (value, off) = (value as f64, (value - other) as f64);
-        signal[i] += value * value;
-        error[i] += off * off;
-    };
-    let ((values, last), (others, others_last)) = (values.as_chunks::<8>(), others.as_chunks::<8>());
-    for (values, others) in values.iter().zip(others) {
-        (0..8).for_each(|i| add(i, values[i], others[i]));
-    }
-    last.iter().zip(others_last).enumerate().for_each(|(i, (value, other))| add(i, *value, *other));
-    (signal.iter().sum(), error.iter().sum())
 }
 
 fn sidecar_bytes(sidecars: &[Sidecar]) -> u64 {

@@ -3,6 +3,7 @@
 use super::gguf::blocks::BlockType;
 use super::tensor_error;
 use crate::error::Result;
+use crate::first::first_where;
 use crate::{QTensor, QuantSpec};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -251,13 +252,6 @@ fn converter(dtype: Dtype) -> Option<Convert> {
         Dtype::U8 | Dtype::BOOL => |b, o| each(b, o, |[b]| b as f32),
         _ => return None,
     })
-}
-
-/// The place of the first value that is bad. Stretches of values are judged without a branch in them: most have none that is.
-pub(crate) fn first_where<T: Sync>(values: &[T], bad: impl Fn(&T) -> bool + Sync) -> Option<usize> {
-    let holds = |stretch: &[T]| stretch.iter().fold(false, |found, value| found | bad(value));
-    let from = CHUNK * values.par_chunks(CHUNK).position_first(holds)?;
-    values[from..].iter().position(bad).map(|at| from + at)
 }
 
 /// Where the first value is that isn't finite, in the bytes of a float type; none for other types.
