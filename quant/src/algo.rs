@@ -135,14 +135,14 @@ pub fn algorithm(name: &str) -> Result<&'static Algorithm> {
     })
 }
 
-/// Codes of a tensor with one given scale, which make up for each other's errors as `gptq` and `descent` have it, and the
-/// error d H d^T that is left of each row, H with its damping. Without a usable Gram matrix codes are the nearest ones, and H is the
-/// identity.
+/// Codes of a tensor under given scales, one for all of it or one a row, which make up for each other's errors as `gptq` has it (and,
+/// under one scale, `descent`), and the error d H d^T that is left of each row, H with its damping. Without a usable Gram matrix
+/// codes are the nearest ones, and H is the identity.
 ///
 /// # Errors
-/// A spec of other than one scale, weights that aren't finite, or lengths that contradict the shape.
-pub fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, Vec<f64>)> {
-    gptq::under_scale(input, scale)
+/// A spec of other scales, weights that aren't finite, or lengths that contradict the shape.
+pub fn under_scales(input: &AlgoInput, scales: &[f32]) -> Result<(QTensor, Vec<f64>)> {
+    gptq::under_scales(input, scales)
 }
 
 /// The error that algorithms lower: sum over rows of `sum_j weight_j * (x_j - q_j)^2`, with the weights that they use.

@@ -8,9 +8,12 @@
 //!
 //! Everything is written over [`Simd`]: every sum has one order, whatever the instruction set or the number of threads.
 
+mod cholesky;
 mod double;
+mod feedback;
 mod pair;
 
+pub use feedback::{Decide, Feedback, ROWS};
 pub use pair::Pair;
 
 use nibble_kernels::Isa;
@@ -50,6 +53,21 @@ impl Symmetric {
     pub fn get(&self, row: usize, col: usize) -> f32 {
         let (row, col) = if row >= col { (row, col) } else { (col, row) };
         self.rows[row / LANES][col / LANES * TILE + col % LANES * LANES + row % LANES]
+    }
+
+    /// Row `row`, whole.
+    fn row_into(&self, row: usize, to: &mut [f32]) {
+        let (i, r) = (row / LANES, row % LANES);
+        let (before, after) = to.split_at_mut(row);
+        for (to, values) in before.iter_mut().zip(self.rows[i].chunks_exact(LANES)) {
+            *to = values[r];
+        }
+        // From the diagonal on it is a column, of which each row of tiles has 16 values in a line.
+        let (own, after) = after.split_at_mut((LANES - r).min(after.len()));
+        own.copy_from_slice(&self.rows[i][row * LANES + r..][..own.len()]);
+        for (to, tiles) in after.chunks_mut(LANES).zip(&self.rows[i + 1..]) {
+            to.copy_from_slice(&tiles[row * LANES..][..to.len()]);
+        }
     }
 
     #[cfg(test)]
@@ -110,38 +128,11 @@ impl Symmetric {
         let width = self.width;
         let mut values = vec![0.0; width * width];
         values.par_chunks_mut(width.max(1)).enumerate().for_each(|(row, values)| {
-            let damp = |col| if row == col { damping } else { 0.0 };
-            values.iter_mut().enumerate().for_each(|(col, v)| *v = scale * self.get(row, col) + damp(col));
+            self.row_into(row, values);
+            values.iter_mut().for_each(|v| *v *= scale);
+            values[row] += damping;
         });
         Dense { width, values }
-    }
-
-    /// The lower Cholesky factor L of `scale * M + damping * I`, columns and rows taken in the order `order`;
-    /// `None` if that isn't positive definite. Padding gets a diagonal of 1.
-    fn cholesky(&self, order: &[u32], scale: f32, damping: f32) -> Option<Symmetric> {
-        let mut l = Symmetric::new(self.width);
-        let width = self.width;
-        l.rows.par_iter_mut().enumerate().for_each(|(i, row)| {
-            for (at, value) in row.iter_mut().enumerate() {
-                let (r, c) = (i * LANES + at % LANES, at / TILE * LANES + at % TILE / LANES);
-                let damp = if r == c { damping } else { 0.0 };
-                *value = match (order.get(r), order.get(c)) {
-                    (Some(&a), Some(&b)) => scale * self.get(a as usize, b as usize) + damp,
-                    _ if r == c => 1.0,
-                    _ => 0.0,
-                };
-            }
-        });
-        debug_assert_eq!(order.len(), width);
-        let isa = Isa::best();
-        for j in 0..l.rows.len() {
-            let (done, rest) = l.rows.split_at_mut(j + 1);
-            let Some(own) = done.last_mut() else { break };
-            simd::dispatch(isa, Diagonal { row: own })?;
-            let own: &[f32] = own;
-            rest.par_iter_mut().for_each(|row| simd::dispatch(isa, Below { row, j, diagonal: own }));
-        }
-        Some(l)
     }
 }
 
@@ -221,177 +212,6 @@ impl SimdOp for OuterRow<'_> {
     }
 }
 
-/// The last tile of a row: what its other tiles explain is taken off, then it is factored.
-struct Diagonal<'a> {
-    row: &'a mut [f32],
-}
-
-impl SimdOp for Diagonal<'_> {
-    type Output = Option<()>;
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, s: S) -> Option<()> {
-        let (before, tile) = self.row.split_at_mut(self.row.len() - TILE);
-        accumulate::<S, true>(s, tile, before, before);
-        for c in 0..LANES {
-            for r in c..LANES {
-                let explained = (0..c).map(|t| tile[t * LANES + r] as f64 * tile[t * LANES + c] as f64).sum::<f64>();
-                let left = tile[c * LANES + r] as f64 - explained;
-                if r == c && (left <= 0.0 || !left.is_finite()) {
-                    return None;
-                }
-                let pivot = if r == c { 1.0 } else { tile[c * LANES + c] as f64 };
-                tile[c * LANES + r] = if r == c { left.sqrt() as f32 } else { (left / pivot) as f32 };
-            }
-            tile[c * LANES..c * LANES + c].fill(0.0);
-        }
-        Some(())
-    }
-}
-
-/// Tile j of a lower row: the same, then solved against the diagonal tile, 16 rows at once.
-struct Below<'a> {
-    row: &'a mut [f32],
-    j: usize,
-    diagonal: &'a [f32],
-}
-
-impl SimdOp for Below<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let (before, rest) = self.row.split_at_mut(self.j * TILE);
-        let tile = &mut rest[..TILE];
-        let (above, diagonal) = self.diagonal.split_at(self.j * TILE);
-        accumulate::<S, true>(s, tile, above, before);
-        let columns = tile.as_chunks_mut::<LANES>().0;
-        for c in 0..LANES {
-            let mut column = s.load(&columns[c]);
-            for t in 0..c {
-                column = s.fnma(s.splat(diagonal[t * LANES + c]), s.load(&columns[t]), column);
-            }
-            s.store(s.div(column, s.splat(diagonal[c * LANES + c])), &mut columns[c]);
-        }
-    }
-}
-
-/// How the error of a column is made up for by the columns that come after it.
-///
-/// With H = L L^T over columns in reverse order of processing, the value that is best for column a, given the errors
-/// `d = w - q` of the columns b > a that came before it, is `w_a + sum_b d_b L[b][a] / L[a][a]`: the same numbers that
-/// GPTQ (arXiv 2210.17323) takes from the Cholesky factor of H's inverse, without an inverse.
-#[derive(Debug)]
-pub struct Feedback {
-    /// Original column of each place; the last place is processed first.
-    pub order: Vec<u32>,
-    /// What was added to the diagonal.
-    pub damping: f32,
-    /// (panels) each (padded width - 16 * panel, 16): row b - 16 * panel, lane a has `L[b][a] / L[a][a]`.
-    panels: Vec<Vec<f32>>,
-    /// (padded width) `L[a][a]^2`.
-    pivots: Vec<f32>,
-}
-
-/// Decides about one value: given its place and what would be best there, what it becomes.
-pub trait Decide {
-    /// The value that place `at` of row `row` of the batch takes, where `best` would make up for all errors so far.
-    fn decide(&mut self, row: usize, at: usize, best: f32) -> f32;
-}
-
-impl Feedback {
-    /// Of `scale * M + damping * I`; `order` lists columns, the last one processed first. `None` if the matrix isn't
-    /// positive definite, in f32 and then in f64.
-    pub fn new(matrix: &Symmetric, order: Vec<u32>, scale: f32, damping: f32) -> Option<Feedback> {
-        let l = matrix.cholesky(&order, scale, damping);
-        let l = l.or_else(|| matrix.cholesky_in_f64(&order, scale, damping))?;
-        let tiles = l.rows.len();
-        let pivots: Vec<f32> = (0..tiles * LANES).map(|a| l.get(a, a)).collect();
-        let panel = |j: usize| -> Vec<f32> {
-            let mut panel = Vec::with_capacity((tiles - j) * TILE);
-            for row in &l.rows[j..] {
-                let tile = &row[j * TILE..(j + 1) * TILE];
-                for r in 0..LANES {
-                    panel.extend((0..LANES).map(|c| tile[c * LANES + r] / pivots[j * LANES + c]));
-                }
-            }
-            panel
-        };
-        let panels = (0..tiles).into_par_iter().map(panel).collect();
-        let pivots = pivots.iter().map(|p| p * p).collect();
-        Some(Feedback { order, damping, panels, pivots })
-    }
-
-    /// Columns, padded to whole tiles.
-    pub fn padded(&self) -> usize {
-        self.pivots.len()
-    }
-
-    /// Goes through all places of up to four rows, from the last to the first, and writes what is left of each value:
-    /// `errors` = w - q. `weights` and `errors` are (rows, padded), by place. Gives each row's error d H d^T, damping
-    /// included.
-    pub fn run(&self, weights: &[f32], errors: &mut [f32], decide: &mut impl Decide) -> [f64; ROWS] {
-        simd::dispatch(Isa::best(), Walk { feedback: self, weights, errors, decide })
-    }
-}
-
-/// Rows that are walked through together.
-pub const ROWS: usize = 4;
-
-struct Walk<'a, D> {
-    feedback: &'a Feedback,
-    weights: &'a [f32],
-    errors: &'a mut [f32],
-    decide: &'a mut D,
-}
-
-impl<D: Decide> SimdOp for Walk<'_, D> {
-    type Output = [f64; ROWS];
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, s: S) -> [f64; ROWS] {
-        let Walk { feedback, weights, errors, decide } = self;
-        let padded = feedback.padded();
-        let rows = errors.len() / padded;
-        let mut total = [0f64; ROWS];
-        for (j, panel) in feedback.panels.iter().enumerate().rev() {
-            let (own, after) = panel.split_at(TILE);
-            let after = after.as_chunks::<LANES>().0;
-            let from = (j + 1) * LANES;
-            let mut sums = [s.splat(0.0); ROWS];
-            // Short batches read their last row again.
-            let tails: [&[f32]; ROWS] = std::array::from_fn(|q| {
-                let q = q.min(rows - 1);
-                &errors[q * padded + from..(q + 1) * padded]
-            });
-            for (b, m) in after.iter().enumerate() {
-                let m = s.load(m);
-                for q in 0..ROWS {
-                    sums[q] = s.fma(s.splat(tails[q][b]), m, sums[q]);
-                }
-            }
-            for row in 0..rows {
-                let mut carried = sums[row];
-                let mut lanes = [0f32; LANES];
-                for a in (0..LANES).rev() {
-                    let at = j * LANES + a;
-                    s.store(carried, &mut lanes);
-                    let weight = weights[row * padded + at];
-                    let best = weight + lanes[a];
-                    let value = decide.decide(row, at, best);
-                    let error = weight - value;
-                    errors[row * padded + at] = error;
-                    let left = (best - value) as f64;
-                    total[row] += feedback.pivots[at] as f64 * left * left;
-                    let Some(m) = own[a * LANES..].first_chunk::<LANES>() else { continue };
-                    carried = s.fma(s.splat(error), s.load(m), carried);
-                }
-            }
-        }
-        total
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -427,7 +247,7 @@ mod tests {
 
     #[test]
     fn the_factor_times_itself_is_the_matrix() {
-        for width in [1, 16, 17, 50, 96] {
+        for width in [1, 16, 17, 50, 96, 230] {
             let (_, matrix) = observed(width, 2 * width);
             let order: Vec<u32> = (0..width as u32).rev().collect();
             let l = matrix.cholesky(&order, 0.5, 0.25).unwrap();
@@ -468,7 +288,7 @@ mod tests {
     /// errors before it.
     #[test]
     fn what_is_left_at_each_place_adds_up_to_the_error_of_the_row() {
-        for (width, rows) in [(40, 1), (40, 3), (33, 4)] {
+        for (width, rows) in [(40, 1), (40, 3), (33, 4), (150, 7), (417, 5)] {
             let (_, matrix) = observed(width, 3 * width);
             let mut rng = StdRng::seed_from_u64(9);
             let order: Vec<u32> = (0..width as u32).collect();

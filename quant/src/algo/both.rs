@@ -74,8 +74,7 @@ impl Decide for Chooser<'_> {
         let Some(&row) = self.pair.rows.order.get(row) else { return best };
         let (row, col) = (row as usize, col as usize);
         let g = col / self.tensor.spec.group_size(self.k);
-        let (scale, min, zero) = (self.tensor.scale(row, g), self.tensor.min(row, g), self.tensor.zero(row, g));
-        let (code, value) = gptq::nearest(self.rule, best, scale, min, zero);
+        let (code, value) = gptq::Line::of(self.tensor, row, g).nearest(self.rule, best);
         self.codes[row * self.k + col] = code;
         value
     }

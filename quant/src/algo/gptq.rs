@@ -41,27 +41,32 @@ pub(super) fn quantize_and_descend(input: &AlgoInput) -> Result<QTensor> {
     }
 }
 
-/// As [`super::under_scale`] has it.
-pub(super) fn under_scale(input: &AlgoInput, scale: f32) -> Result<(QTensor, Vec<f64>)> {
+/// As [`super::under_scales`] has it.
+pub(super) fn under_scales(input: &AlgoInput, scales: &[f32]) -> Result<(QTensor, Vec<f64>)> {
     let mut tensor = rows::quantize(input, Method::Plain)?;
-    let one = matches!(&tensor.scales, ScaleData::Float(scales) if scales.len() == 1);
-    if input.spec.granularity != Granularity::Tensor || !one {
-        return Err(input.refuse("a scale is given, and its spec has more than one".into()));
+    let one = input.spec.granularity == Granularity::Tensor;
+    match &tensor.scales {
+        ScaleData::Float(own) if own.len() == scales.len() && (one || own.len() == input.shape[0]) => {}
+        _ => return Err(input.refuse(format!("{} scales are given, its spec has others", scales.len()))),
     }
-    tensor.scales = ScaleData::Float(vec![scale]);
-    let (rule, zero) = (Rule::new(input.spec), tensor.zero(0, 0));
-    for (code, &w) in tensor.codes.iter_mut().zip(input.weight) {
-        *code = nearest(&rule, w, scale, 0.0, zero).0;
+    tensor.scales = ScaleData::Float(scales.to_vec());
+    let (rule, k) = (Rule::new(input.spec), input.shape[1].max(1));
+    let mut codes = std::mem::take(&mut tensor.codes);
+    for (row, (codes, weight)) in codes.chunks_mut(k).zip(input.weight.chunks(k)).enumerate() {
+        let line = Line::of(&tensor, row, 0);
+        codes.iter_mut().zip(weight).for_each(|(code, &w)| *code = line.nearest(&rule, w).0);
     }
-    let Some((calibrated, feedback)) = factor(input, DAMPING_UNDER_ONE_SCALE) else {
+    tensor.codes = codes;
+    let damping = if one { DAMPING_UNDER_ONE_SCALE } else { DAMPING };
+    let Some((calibrated, feedback)) = factor(input, damping) else {
         let errors = errors(input, &tensor, None);
         return Ok((tensor, errors));
     };
     let tensor = recode(input, tensor, &feedback);
     let h = calibrated.damped(&feedback);
     let tensor = match &h {
-        Some(h) => descent::refine(input, tensor, h),
-        None => tensor,
+        Some(h) if one => descent::refine(input, tensor, h),
+        _ => tensor,
     };
     let errors = errors(input, &tensor, h.as_ref());
     Ok((tensor, errors))
@@ -86,17 +91,19 @@ fn factor<'a>(input: &AlgoInput<'a>, damping: f32) -> Option<(&'a Input, Arc<Fee
 
 /// Codes chosen again under a tensor's numbers.
 fn recode(input: &AlgoInput, mut tensor: QTensor, feedback: &Feedback) -> QTensor {
-    let k = input.shape[1];
+    let [n, k] = input.shape;
     let rule = Rule::new(input.spec);
     let mut codes = std::mem::take(&mut tensor.codes);
     let mut values = std::mem::take(&mut tensor.outliers.values);
     let starts = std::mem::take(&mut tensor.outliers.row_start);
-    let batch = (ROWS * k).max(1);
+    // Every thread gets some; rows don't depend on those they are walked through with.
+    let together = n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(4).min(ROWS);
+    let batch = (together * k).max(1);
     // What each row keeps beside the grid, cut up as the rows are.
-    let mut kept: Vec<&mut [f16]> = Vec::with_capacity(input.shape[0].div_ceil(ROWS));
+    let mut kept: Vec<&mut [f16]> = Vec::with_capacity(n.div_ceil(together.max(1)));
     let mut rest = values.as_mut_slice();
-    for first in (0..input.shape[0]).step_by(ROWS) {
-        let last = (first + ROWS).min(input.shape[0]);
+    for first in (0..n).step_by(together.max(1)) {
+        let last = (first + together).min(n);
         let count = match starts.as_slice() {
             [] => 0,
             starts => (starts[last] - starts[first]) as usize,
@@ -105,16 +112,21 @@ fn recode(input: &AlgoInput, mut tensor: QTensor, feedback: &Feedback) -> QTenso
         kept.push(own);
         rest = after;
     }
+    let size = input.spec.group_size(k).max(1);
+    let places: Vec<Place> =
+        feedback.order.iter().map(|&col| Place { col: col as usize, group: col as usize / size }).collect();
     let work = codes.par_chunks_mut(batch).zip(input.weight.par_chunks(batch)).zip(kept);
     work.enumerate().for_each(|(at, ((codes, weight), kept))| {
-        let first = at * ROWS;
+        let first = at * together;
         let outliers = |row: usize| match starts.as_slice() {
             [] => 0..0,
             starts => starts[first + row] as usize..starts[first + row + 1] as usize,
         };
         let cols = &tensor.outliers.cols;
-        let mut group = Batch { tensor: &tensor, rule: &rule, feedback, first, k, codes, kept, free: true };
-        let held: Vec<Vec<Option<u32>>> = (0..weight.len() / k)
+        let rows = weight.len() / k;
+        let groups = tensor.groups();
+        let lines: Vec<Line> = (0..rows * groups).map(|i| Line::of(&tensor, first + i / groups, i % groups)).collect();
+        let held: Vec<Vec<Option<u32>>> = (0..rows)
             .map(|row| {
                 let mut held = vec![None; if starts.is_empty() { 0 } else { k }];
                 let from = outliers(0).start;
@@ -122,7 +134,9 @@ fn recode(input: &AlgoInput, mut tensor: QTensor, feedback: &Feedback) -> QTenso
                 held
             })
             .collect();
-        group.choose(weight, &held);
+        let places = &places;
+        let mut batch = Batch { rule: &rule, feedback, places, lines, groups, k, codes, kept, free: true };
+        batch.choose(weight, &held);
     });
     tensor.codes = codes;
     tensor.outliers.values = values;
@@ -130,12 +144,69 @@ fn recode(input: &AlgoInput, mut tensor: QTensor, feedback: &Feedback) -> QTenso
     tensor
 }
 
-/// Up to four rows.
+/// A column as the walk comes to it, and its group.
+#[derive(Clone, Copy)]
+struct Place {
+    col: usize,
+    group: usize,
+}
+
+/// What turns the codes of a group into values.
+#[derive(Clone, Copy)]
+pub(super) struct Line {
+    scale: f32,
+    /// One over it.
+    by: f32,
+    min: f32,
+    zero: i32,
+}
+
+impl Line {
+    /// Of a row's group.
+    #[inline(always)]
+    pub(super) fn of(tensor: &QTensor, row: usize, g: usize) -> Line {
+        Line::new(tensor.scale(row, g), tensor.min(row, g), tensor.zero(row, g))
+    }
+
+    #[inline(always)]
+    fn new(scale: f32, min: f32, zero: i32) -> Line {
+        Line { scale, by: inverse(scale), min, zero }
+    }
+
+    /// The code whose value is nearest to `best`, and that value.
+    #[inline(always)]
+    pub(super) fn nearest(self, rule: &Rule, best: f32) -> (u8, f32) {
+        match &rule.table {
+            Some(table) => {
+                let code = table.code(best * self.by);
+                (code, self.scale * table.level(code))
+            }
+            None => {
+                let shift = (rule.middle - self.zero) as f32;
+                let y = ((best - self.min) * self.by).round_ties_even().clamp(rule.low + shift, rule.high + shift);
+                ((y as i32 + self.zero) as u8, self.scale * y + self.min)
+            }
+        }
+    }
+
+    /// What a code means.
+    #[inline(always)]
+    fn value(self, rule: &Rule, code: u8) -> f32 {
+        match &rule.table {
+            Some(table) => self.scale * table.level(code),
+            None => self.scale * (code as i32 - self.zero) as f32 + self.min,
+        }
+    }
+}
+
+/// Some rows.
 struct Batch<'a> {
-    tensor: &'a QTensor,
     rule: &'a Rule,
     feedback: &'a Feedback,
-    first: usize,
+    places: &'a [Place],
+    /// (rows, groups)
+    lines: Vec<Line>,
+    groups: usize,
     k: usize,
     codes: &'a mut [u8],
     /// Values of the outliers of all these rows.
@@ -150,7 +221,7 @@ impl Batch<'_> {
         let rows = weight.len() / k;
         let mut placed = vec![0f32; rows * padded];
         for (placed, row) in placed.chunks_mut(padded).zip(weight.chunks(k)) {
-            placed.iter_mut().zip(&self.feedback.order).for_each(|(to, col)| *to = row[*col as usize]);
+            placed.iter_mut().zip(self.places).for_each(|(to, place)| *to = row[place.col]);
         }
         let mut errors = vec![0f32; rows * padded];
         let damping = self.feedback.damping as f64;
@@ -172,37 +243,17 @@ impl Batch<'_> {
         }
     }
 
-    /// The code at a row and column, or the nearest one to `best`, and its value.
+    /// The code at a row and place, or the nearest one to `best`, and its value.
     #[inline(always)]
-    fn value(&mut self, row: usize, col: usize, best: f32) -> f32 {
-        let g = col / self.tensor.spec.group_size(self.k);
-        let r = self.first + row;
-        let (scale, min) = (self.tensor.scale(r, g), self.tensor.min(r, g));
-        let zero = self.tensor.zero(r, g);
-        let code = &mut self.codes[row * self.k + col];
-        if self.free {
-            *code = nearest(self.rule, best, scale, min, zero).0;
+    fn value(&mut self, row: usize, place: Place, best: f32) -> f32 {
+        let line = self.lines[row * self.groups + place.group];
+        let code = &mut self.codes[row * self.k + place.col];
+        if !self.free {
+            return line.value(self.rule, *code);
         }
-        match &self.rule.table {
-            Some(table) => scale * table.level(*code),
-            None => scale * (*code as i32 - zero) as f32 + min,
-        }
-    }
-}
-
-/// The code whose value is nearest to `best`, and that value.
-#[inline(always)]
-pub(super) fn nearest(rule: &Rule, best: f32, scale: f32, min: f32, zero: i32) -> (u8, f32) {
-    match &rule.table {
-        Some(table) => {
-            let code = table.code(best * inverse(scale));
-            (code, scale * table.level(code))
-        }
-        None => {
-            let shift = (rule.middle - zero) as f32;
-            let y = ((best - min) * inverse(scale)).round_ties_even().clamp(rule.low + shift, rule.high + shift);
-            ((y as i32 + zero) as u8, scale * y + min)
-        }
+        let (nearest, value) = line.nearest(self.rule, best);
+        *code = nearest;
+        value
     }
 }
 
@@ -216,12 +267,11 @@ impl Decide for Chooser<'_, '_> {
     #[inline(always)]
     fn decide(&mut self, row: usize, at: usize, best: f32) -> f32 {
         // Padding.
-        let Some(&col) = self.batch.feedback.order.get(at) else { return best };
-        let col = col as usize;
-        let Some(Some(i)) = self.held[row].get(col) else { return self.batch.value(row, col, best) };
+        let Some(&place) = self.batch.places.get(at) else { return best };
+        let Some(Some(i)) = self.held[row].get(place.col) else { return self.batch.value(row, place, best) };
         // An outlier's code stays, and its value makes up for everything.
         let free = std::mem::replace(&mut self.batch.free, false);
-        let on_grid = self.batch.value(row, col, best);
+        let on_grid = self.batch.value(row, place, best);
         self.batch.free = free;
         let kept = &mut self.batch.kept[*i as usize];
         let missing = f16::from_f32(best - on_grid);

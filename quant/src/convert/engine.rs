@@ -28,6 +28,9 @@ pub(super) const BLOCK_VALUES: usize = 1 << 20;
 /// doesn't matter.
 pub(super) const WINDOW_VALUES: usize = 8 << 20;
 
+/// Values of a block whose rows share something that takes long to make: only the largest models' tensors have more.
+const SHARED_VALUES: usize = 64 << 20;
+
 /// How to write.
 #[derive(Debug)]
 pub struct Options<'a> {
@@ -194,7 +197,7 @@ impl Engine<'_> {
     }
 
     /// Converts what no earlier run has finished. Blocks are taken in order, as many at once as together have no more
-    /// values than [`BLOCK_VALUES`] (or the one that alone has more).
+    /// values than [`WINDOW_VALUES`] (or the one that alone has more).
     fn tensors(&self, output: &OutputDir, shards: &ShardFiles) -> Result<(Vec<TensorRecord>, usize)> {
         let mut records: Vec<Option<TensorRecord>> = vec![None; self.items.len()];
         let mut pending = Vec::new();
@@ -414,7 +417,7 @@ impl Item {
         let per_unit = self.values(&(0..1)).max(1);
         let step = match &self.work {
             Work::Quantize(Quantize { rows: Rows::Tied, .. }) => units,
-            Work::Quantize(Quantize { rows: Rows::Shared, .. }) => WINDOW_VALUES / per_unit,
+            Work::Quantize(Quantize { rows: Rows::Shared, .. }) => SHARED_VALUES / per_unit,
             _ => BLOCK_VALUES / per_unit,
         };
         let step = step.max(1);

@@ -9,7 +9,8 @@
 //! ```
 //! Rounding `best` is YAQA (arXiv 2505.22988); with G the identity it is GPTQ.
 
-use super::{Decide, Feedback, ROWS, TILE};
+use super::feedback::SUMS;
+use super::{Decide, Feedback, TILE};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
 use rayon::prelude::*;
@@ -32,7 +33,7 @@ impl Pair<'_> {
         let mut total = 0.0;
         for (j, panel) in self.cols.panels.iter().enumerate().rev() {
             let (own, after) = panel.split_at(TILE);
-            let work = sums.par_chunks_mut(ROWS * LANES).zip(shifted.par_chunks(ROWS * padded));
+            let work = sums.par_chunks_mut(SUMS * LANES).zip(shifted.par_chunks(SUMS * padded));
             work.for_each(|(sums, shifted)| {
                 simd::dispatch(isa, Later { sums, shifted, after, from: (j + 1) * LANES, padded })
             });
@@ -60,15 +61,15 @@ impl SimdOp for Later<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let rows = self.shifted.len() / self.padded;
-        let mut sums = [s.splat(0.0); ROWS];
+        let mut sums = [s.splat(0.0); SUMS];
         // Short batches read their last row again.
-        let tails: [&[f32]; ROWS] = std::array::from_fn(|q| {
+        let tails: [&[f32]; SUMS] = std::array::from_fn(|q| {
             let q = q.min(rows - 1);
             &self.shifted[q * self.padded + self.from..(q + 1) * self.padded]
         });
         for (b, m) in self.after.as_chunks::<LANES>().0.iter().enumerate() {
             let m = s.load(m);
-            for q in 0..ROWS {
+            for q in 0..SUMS {
                 sums[q] = s.fma(s.splat(tails[q][b]), m, sums[q]);
             }
         }

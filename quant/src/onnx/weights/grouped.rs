@@ -5,7 +5,7 @@
 //! make up for each other, under several scales.
 
 use super::{AlgoInput, Seen, TensorProto};
-use crate::algo::{algorithm, under_scale};
+use crate::algo::{algorithm, under_scales};
 use crate::error::Result;
 use crate::onnx::tensor::tensor_error;
 use crate::stats::Input;
@@ -74,7 +74,7 @@ pub(super) fn quantize(
         let mut total = 0.0;
         codes.clear();
         for g in 0..groups {
-            let (quantized, errors) = under_scale(&input(g), scale)?;
+            let (quantized, errors) = under_scales(&input(g), &[scale])?;
             codes.extend_from_slice(&quantized.codes);
             let cost = |row: usize| costs.and_then(|c| c.get(g * rows + row)).copied().unwrap_or(1.0);
             total += errors.iter().enumerate().map(|(row, error)| error * cost(row)).sum::<f64>();
