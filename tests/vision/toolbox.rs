@@ -151,7 +151,7 @@ fn convolutions_are_rounded_by_what_their_windows_have_in_common() {
     for per_channel in [true, false] {
         let found = ["rtn", "gptq"].map(|algorithm| {
             // Few bits: what is lost is weights'.
-            let weights = Rounding { per_channel, bits: 4, algorithm };
+            let weights = Rounding { per_channel, bits: 4, pairs: false, algorithm };
             let settings = Settings { weights, ..Settings::default() };
             let quantized = made(&float, &file, &settings, Equalize::Nothing).quantize().unwrap();
             decibels(&exact, &logits(&quantized, &data))

@@ -111,7 +111,8 @@ pub fn learn(
         let importance = inputs.first().filter(|_| inputs.len() == 1).map(Input::mean_squares);
         let costs = costs.get(name).map(Vec::as_slice);
         let seen = Seen { importance: importance.as_deref(), inputs, costs };
-        let start = quantize(tensor, layout, plan.settings.weights, seen, &[])?;
+        let pairs = plan.settings.weights.pairs_of(node, tensor, layout);
+        let start = quantize(tensor, layout, plan.settings.weights, seen, &[], pairs.as_ref())?;
         let mut codes = match layout {
             Layout::Rows => start.codes.clone(),
             Layout::Columns => transpose(&start.codes, shape[1], shape[0]),
@@ -122,7 +123,12 @@ pub fn learn(
         let learned = problem.solve(&mut codes, learning).map_err(candle)?;
         found.push(Learned { node: layer.node.clone(), ..learned });
         let codes = if layout == Layout::Columns { transpose(&codes, shape[0], shape[1]) } else { codes };
-        calibration.weights.insert(name.clone(), Weight { codes, ..start });
+        let weight = Weight { codes, ..start };
+        let weight = match &pairs {
+            Some(pairs) => weight.limited(pairs, layout),
+            None => weight,
+        };
+        calibration.weights.insert(name.clone(), weight);
     }
     Ok(found)
 }

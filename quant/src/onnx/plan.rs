@@ -98,7 +98,7 @@ impl Default for Settings {
             mode: Mode::Static,
             target: Target::OnnxRuntime,
             activation: IntGrid::asymmetric(IntType::U8),
-            weights: Rounding { per_channel: true, bits: 8, algorithm: "rtn" },
+            weights: Rounding { per_channel: true, bits: 8, pairs: false, algorithm: "rtn" },
             include: Vec::new(),
             exclude: Vec::new(),
             stored: Vec::new(),

@@ -6,6 +6,9 @@
 //! ```
 
 mod grouped;
+mod pairs;
+
+pub use pairs::Pairs;
 
 use super::Graph;
 use super::proto::*;
@@ -15,6 +18,7 @@ use crate::error::Result;
 use crate::observer::{IntGrid, IntType, QParams};
 use crate::stats::Input;
 use crate::{FloatFormat, Granularity, Grid, OutlierSpec, QTensor, QuantSpec, ScaleData, ScaleFormat, Zero};
+use pairs::Limited;
 
 /// Where a weight's output channels are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +51,20 @@ pub struct Weight {
 }
 
 impl Weight {
+    /// Without pairs that are too large; the codes are in the order of `layout`.
+    pub fn limited(mut self, pairs: &Pairs, layout: Layout) -> Weight {
+        let k = self.codes.len().checked_div(self.channels).unwrap_or(0).max(1);
+        let flipped = |codes: &[i8], rows: usize| transpose(codes, rows, codes.len() / rows.max(1));
+        if layout == Layout::Columns {
+            self.codes = flipped(&self.codes, k);
+        }
+        self.codes.chunks_mut(k).for_each(|row| pairs.limit(row, None));
+        if layout == Layout::Columns {
+            self.codes = flipped(&self.codes, self.channels);
+        }
+        self
+    }
+
     /// The scale of an output channel.
     pub fn scale(&self, channel: usize) -> f32 {
         match self.scales.as_slice() {
@@ -85,8 +103,10 @@ pub fn rows(tensor: &TensorProto, layout: Layout) -> Result<([usize; 2], Vec<f32
 pub struct Rounding {
     /// A scale for every output channel, or one a weight.
     pub per_channel: bool,
-    /// Bits in use of the 8 that are stored: 8, 7 where sums of two products have 16 bits, or down to 2.
+    /// Bits in use of the 8 that are stored: 8, or down to 2.
     pub bits: u8,
+    /// Whether no pair of 8-bit weights may go beyond 16 bits ([`Pairs`]).
+    pub pairs: bool,
     /// Name in [`crate::ALGORITHMS`].
     pub algorithm: &'static str,
 }
@@ -125,14 +145,29 @@ pub(super) fn codes(
     (algorithm(name)?.run)(&input)
 }
 
-/// Quantizes a weight. `least` is what each channel's scale must be at least, so that a bias fits into 32 bits of it.
+impl Rounding {
+    /// The pairs of a layer's weight that are limited.
+    pub fn pairs_of(&self, node: &NodeProto, weight: &TensorProto, layout: Layout) -> Option<Pairs> {
+        Pairs::of(node, weight, layout).filter(|_| self.pairs && self.bits == 8)
+    }
+}
+
+/// Quantizes a weight. `least` is what each channel's scale must be at least, so that a bias fits into 32 bits of it; `pairs` are
+/// those of [`Rounding::pairs_of`].
 ///
 /// # Errors
 /// A weight that isn't finite, or whose bytes don't fit its shape.
-pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen, least: &[f32]) -> Result<Weight> {
+pub fn quantize(
+    tensor: &TensorProto,
+    layout: Layout,
+    how: Rounding,
+    seen: Seen,
+    least: &[f32],
+    pairs: Option<&Pairs>,
+) -> Result<Weight> {
     let (sides, values) = rows(tensor, layout)?;
     let [n, k] = sides;
-    let Rounding { per_channel, bits, algorithm: name } = how;
+    let Rounding { per_channel, bits, algorithm: name, .. } = how;
     let spec = QuantSpec {
         grid: Grid::Int { bits },
         granularity: if per_channel { Granularity::Channel } else { Granularity::Tensor },
@@ -151,6 +186,11 @@ pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen,
         }
     };
     let mut codes: Vec<i8> = unsigned.iter().map(|&c| (i32::from(c) - spec.middle()) as i8).collect();
+    if let Some(pairs) = pairs {
+        let limited =
+            Limited { name: tensor.name(), shape: sides, values: &values, spec: &spec, algorithm: name, seen, pairs };
+        limited.limit(&mut codes, &mut scales)?;
+    }
     let grid = IntGrid::symmetric(IntType::S8);
     let most = (1i32 << (bits - 1)) - 1;
     for (row, scale) in scales.iter_mut().enumerate() {
@@ -166,6 +206,10 @@ pub fn quantize(tensor: &TensorProto, layout: Layout, how: Rounding, seen: Seen,
             let range = if per_channel { row * k..(row + 1) * k } else { 0..n * k };
             for (code, &value) in codes[range.clone()].iter_mut().zip(&values[range]) {
                 *code = grid.quantize(params, value).clamp(-most, most) as i8;
+            }
+            if let Some(pairs) = pairs {
+                let range = if per_channel { row * k..(row + 1) * k } else { 0..n * k };
+                codes[range].chunks_mut(k.max(1)).for_each(|row| pairs.limit(row, None));
             }
         }
     }

@@ -1,6 +1,7 @@
 //! `nibble vision qat`: a float model trained further with the rounding of integers, and written in integers.
 
 use super::data::{Output, Shapes};
+use super::recipe::saturation;
 use super::train::{Samples, Training, classes, distill, run};
 use crate::arguments::Threads;
 use crate::commands::Run;
@@ -126,6 +127,9 @@ impl Run for Qat {
         let after = judge(&mut net, &mut float)?;
         let path = &self.output.output;
         net.export()?.save(path, External::Auto)?;
+        if self.weight_bits == 8 && self.activation_bits == 8 {
+            saturation("--weight-bits 7").into_iter().for_each(|caution| session.remark(caution));
+        }
         let bytes = |path: &PathBuf| std::fs::metadata(path).map(|m| m.len()).unwrap_or_default();
         if session.json {
             return output::json(&json!({

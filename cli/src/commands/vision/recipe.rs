@@ -5,6 +5,7 @@ use crate::failure::Usage;
 use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::Result;
+use nibble_kernels::Isa;
 use nibble_models::graph::{fold_model, inputs};
 use nibble_models::qat::adaround::{Learning, learn};
 use nibble_models::vision::calibrate::CalibrateOptions;
@@ -38,7 +39,8 @@ pub struct Recipe {
     /// One scale a weight instead of one an output channel
     #[arg(long)]
     per_tensor: bool,
-    /// Weights of 7 bits, for processors without VNNI: their sums of two products saturate at 16 bits
+    /// Keep pairs of weights so small that the sum of their products fits in 16 bits, where it saturates on x86 processors without
+    /// VNNI
     #[arg(long)]
     reduce_range: bool,
     /// What rounds weights: rtn, clip, search, gptq, or adaround (learned, layer by layer) [default: rtn]
@@ -205,7 +207,8 @@ impl Recipe {
             activation,
             weights: Rounding {
                 per_channel: !self.per_tensor,
-                bits: if self.reduce_range { 7 } else { 8 },
+                bits: 8,
+                pairs: self.reduce_range,
                 algorithm: self.rounding()?.0,
             },
             include: self.include.clone(),
@@ -219,6 +222,15 @@ impl Recipe {
                 (_, named) => named.to_vec(),
             },
         })
+    }
+
+    /// What is to be known of models that this makes, on the processor that it runs on.
+    pub fn caution(&self) -> Option<String> {
+        let bytes = matches!(self.activations, TypeWord::U8 | TypeWord::S8);
+        let settings = self.settings().ok()?;
+        let integers = bytes && matches!(settings.mode, Mode::Static | Mode::Dynamic);
+        let saturating = integers && !settings.weights.pairs && settings.target == Target::OnnxRuntime;
+        saturation("--reduce-range").filter(|_| saturating)
     }
 
     /// How to calibrate.
@@ -291,4 +303,14 @@ pub fn open(session: &Session, path: &Path, shapes: &Shapes, threads: usize) -> 
     opset::upgrade(&mut model)?;
     let folded = fold_model(&mut model, threads)?;
     Ok((model, folded))
+}
+
+/// That products of bytes are added in 16 bits on this processor, and which flag avoids it; nothing where they aren't.
+pub fn saturation(flag: &str) -> Option<String> {
+    (cfg!(target_arch = "x86_64") && Isa::best() <= Isa::Avx2).then(|| {
+        format!(
+            "this processor has no VNNI: ONNX Runtime's sums of two products saturate on it, and accuracy falls; {flag} \
+             avoids that"
+        )
+    })
 }

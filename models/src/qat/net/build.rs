@@ -73,7 +73,7 @@ impl Net {
         let activation = IntGrid::asymmetric(IntType::U8).with_bits(how.activation_bits);
         let settings = Settings {
             activation,
-            weights: Rounding { per_channel: true, bits: how.weight_bits as u8, algorithm: "rtn" },
+            weights: Rounding { per_channel: true, bits: how.weight_bits as u8, pairs: false, algorithm: "rtn" },
             include: how.include.clone(),
             exclude: how.exclude.clone(),
             // What a second term makes up for is learned.
@@ -214,8 +214,8 @@ impl<'a> Builder<'a> {
                 (true, Axis::First | Axis::Last) => {
                     let layout = if axis == Axis::First { Layout::Rows } else { Layout::Columns };
                     let algorithm = self.quantized.map_or("rtn", |(_, how)| how.algorithm);
-                    let how = Rounding { per_channel: true, bits: bits as u8, algorithm };
-                    quantize(&parameter, layout, how, Seen::default(), &[])?.scales
+                    let how = Rounding { per_channel: true, bits: bits as u8, pairs: false, algorithm };
+                    quantize(&parameter, layout, how, Seen::default(), &[], None)?.scales
                 }
                 _ => scales,
             };

@@ -236,13 +236,14 @@ impl Writer<'_> {
         if let Some(known) = self.calibration.weights.get(tensor.name()).filter(enough) {
             return Ok(known.clone());
         }
+        let pairs = self.plan.settings.weights.pairs_of(node, tensor, layout);
         let importance = self.importance(node, tensor);
         let seen = Seen {
             importance: importance.as_deref(),
             inputs: self.calibration.inputs_of(&self.graph, node),
             costs: self.costs.get(tensor.name()).map(Vec::as_slice),
         };
-        quantize(tensor, layout, self.plan.settings.weights, seen, least)
+        quantize(tensor, layout, self.plan.settings.weights, seen, least, pairs.as_ref())
     }
 
     /// What an error of each value of a channel costs: the second moment of the input that it meets.
