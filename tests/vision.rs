@@ -176,6 +176,13 @@ fn finish(mut model: Model, dims: &[i64]) -> Model {
     model
 }
 
+/// Integers that every processor computes alike: without VNNI sums of two products saturate.
+fn alike() -> Settings {
+    let mut settings = Settings::default();
+    settings.weights.pairs = true;
+    settings
+}
+
 /// A model's name, the model, how it is quantized, and how many of which operators onnxruntime makes of it.
 type Fused = (&'static str, Model, Settings, &'static [(&'static str, u64)]);
 
@@ -183,9 +190,7 @@ type Fused = (&'static str, Model, Settings, &'static [(&'static str, u64)]);
 fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
-    // A processor without VNNI saturates others.
-    let mut u8s = Settings::default();
-    u8s.weights.pairs = true;
+    let u8s = alike();
     let dynamic = Settings { mode: Mode::Dynamic, ..u8s.clone() };
     let blocks =
         |bits| Settings { mode: Mode::WeightOnly { bits, group: 32, form: Packing::Blocks }, ..Settings::default() };
@@ -194,7 +199,7 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
         ..Settings::default()
     };
     // The last layer.
-    let one = |stored| Settings { stored: vec![("weight:w2".parse().unwrap(), stored)], ..Settings::default() };
+    let one = |stored| Settings { stored: vec![("weight:w2".parse().unwrap(), stored)], ..alike() };
     // The model, how, and which operators must be there how often; Conv, MatMul and Gemm in float must not.
     let cases: Vec<Fused> = vec![
         (
@@ -206,10 +211,10 @@ fn what_a_plan_calls_integer_is_integer_in_onnxruntime() {
         ("gemms", mlp(&[1, 32], true), u8s.clone(), &[("QGemm", 2)]),
         ("products of rank 2", mlp(&[1, 32], false), u8s.clone(), &[("QGemm", 2)]),
         ("products of rank 3", mlp(&[1, 5, 32], false), u8s.clone(), &[("MatMulIntegerToFloat", 2)]),
-        ("products of rank 4", mlp(&[1, 2, 5, 32], false), u8s, &[("MatMulIntegerToFloat", 2)]),
+        ("products of rank 4", mlp(&[1, 2, 5, 32], false), u8s.clone(), &[("MatMulIntegerToFloat", 2)]),
         ("dynamic products", mlp(&[1, 5, 32], false), dynamic.clone(), &[("DynamicQuantizeMatMul", 2)]),
         ("dynamic gemms", mlp(&[1, 32], true), dynamic, &[("DynamicQuantizeMatMul", 2)]),
-        ("after a GELU", gelu(), Settings::default(), &[("MatMulIntegerToFloat", 3), ("DynamicQuantizeMatMul", 0)]),
+        ("after a GELU", gelu(), u8s, &[("MatMulIntegerToFloat", 3), ("DynamicQuantizeMatMul", 0)]),
         ("4-bit blocks", mlp(&[1, 5, 32], false), blocks(4), &[("MatMulNBits", 2)]),
         ("8-bit blocks", mlp(&[1, 5, 32], false), blocks(8), &[("MatMulNBits", 2)]),
         ("4-bit weights", mlp(&[1, 5, 32], false), packed(4), &[("MatMulNBits", 2)]),

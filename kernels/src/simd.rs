@@ -84,9 +84,11 @@ pub fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
 #[inline(always)]
 pub fn add_multiple<S: Simd>(s: S, to: &mut [f32], from: &[f32], by: f32) {
     let by = s.splat(by);
-    for (to, from) in to.chunks_mut(LANES).zip(from.chunks(LANES)) {
-        s.store_partial(s.fma(by, s.load_partial(from), s.load_partial(to)), to);
+    let ((to, to_tail), (from, tail)) = (to.as_chunks_mut::<LANES>(), from.as_chunks::<LANES>());
+    for (to, from) in to.iter_mut().zip(from) {
+        s.store(s.fma(by, s.load(from), s.load(to)), to);
     }
+    s.store_partial(s.fma(by, s.load_partial(tail), s.load_partial(to_tail)), to_tail);
 }
 
 /// `out[i] = a . rows[i]`: rows of as many values as `a` has, one after the other.

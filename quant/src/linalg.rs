@@ -9,10 +9,12 @@
 //! Everything is written over [`Simd`]: every sum has one order, whatever the instruction set or the number of threads.
 
 mod cholesky;
+mod dense;
 mod double;
 mod feedback;
 mod pair;
 
+pub use dense::Dense;
 pub use feedback::{Decide, Feedback, ROWS};
 pub use pair::Pair;
 
@@ -121,32 +123,6 @@ impl Symmetric {
                 *value -= x.get(r).zip(x.get(c)).map_or(0.0, |(a, b)| a * b);
             }
         }
-    }
-
-    /// `scale * M + damping * I` in rows.
-    pub fn dense(&self, scale: f32, damping: f32) -> Dense {
-        let width = self.width;
-        let mut values = vec![0.0; width * width];
-        values.par_chunks_mut(width.max(1)).enumerate().for_each(|(row, values)| {
-            self.row_into(row, values);
-            values.iter_mut().for_each(|v| *v *= scale);
-            values[row] += damping;
-        });
-        Dense { width, values }
-    }
-}
-
-/// A matrix in rows, where whole rows are read: twice the bytes of a [`Symmetric`] one.
-#[derive(Debug)]
-pub struct Dense {
-    width: usize,
-    values: Vec<f32>,
-}
-
-impl Dense {
-    /// One row.
-    pub fn row(&self, row: usize) -> &[f32] {
-        &self.values[row * self.width..(row + 1) * self.width]
     }
 }
 

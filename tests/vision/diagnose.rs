@@ -1,6 +1,6 @@
 //! Diagnosis: what is found by running a part again is what whole models give, and figures are those of the values.
 
-use super::{cnn, finish, gelu, mlp, options, samples};
+use super::{alike, cnn, finish, gelu, mlp, options, samples};
 use crate::small::{constant, model, node};
 use nibble_models::graph::{GraphRunner, Rten, Tensor, Values, fold_model, inputs};
 use nibble_models::vision::calibrate::CalibrateOptions;
@@ -22,7 +22,7 @@ pub(super) fn prepared(float: &Model, file: &Path, observer: &str) -> Prepared {
     let mut model = float.clone();
     let folded = fold_model(&mut model, 1).unwrap();
     let data = Data::open(file, &inputs(&model), options()).unwrap();
-    prepare(model, folded, &Settings::default(), &data, Equalize::Channels, &calibrating(observer), &mut || ()).unwrap()
+    prepare(model, folded, &alike(), &data, Equalize::Channels, &calibrating(observer), &mut || ()).unwrap()
 }
 
 /// Every layer by itself.
@@ -73,12 +73,12 @@ fn running_what_comes_after_a_layer_gives_what_whole_models_give() {
         assert!(found.abs() < 1e-4, "{name}: {found} dB apart");
         for (row, [only, without]) in sensitivity.layers.iter().zip(&sensitivity.tallies) {
             let this: Vec<Selector> = vec![row.layer.node.parse().unwrap()];
-            let settings = Settings { include: this.clone(), ..Settings::default() };
+            let settings = Settings { include: this.clone(), ..alike() };
             let (_, alone) = prepared.quantize_with(&settings).unwrap();
             let wanted = whole(&prepared.model, &alone, &data);
             assert!(only.noise > 0.0 && near(only, &wanted), "{name}, {}: {only:?}, {wanted:?}", row.layer.node);
             if apart {
-                let settings = Settings { exclude: this, ..Settings::default() };
+                let settings = Settings { exclude: this, ..alike() };
                 let (_, rest) = prepared.quantize_with(&settings).unwrap();
                 let wanted = whole(&prepared.model, &rest, &data);
                 assert!(near(without, &wanted), "{name}, {}: {without:?}, {wanted:?}", row.layer.node);
@@ -127,10 +127,9 @@ fn layers_that_read_the_same_tensor_are_looked_at_together() {
     assert_eq!(rows, [("MatMul.p1", &["MatMul.p2".to_owned()][..]), ("MatMul.p3", &[][..])]);
     let both: Vec<Selector> = ["MatMul.p1", "MatMul.p2"].map(|name| name.parse().unwrap()).to_vec();
     let [only, without] = found.tallies[0];
-    for (settings, tally) in [
-        (Settings { include: both.clone(), ..Settings::default() }, only),
-        (Settings { exclude: both, ..Settings::default() }, without),
-    ] {
+    for (settings, tally) in
+        [(Settings { include: both.clone(), ..alike() }, only), (Settings { exclude: both, ..alike() }, without)]
+    {
         let (_, other) = prepared.quantize_with(&settings).unwrap();
         let wanted = whole(&prepared.model, &other, &data);
         assert!(tally.noise > 0.0 && near(&tally, &wanted), "{tally:?}, {wanted:?}");

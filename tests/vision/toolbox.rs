@@ -2,7 +2,7 @@
 
 use super::diagnose::calibrating;
 use super::export::difference;
-use super::{cnn, gelu, mlp, numbers, onnxruntime, options, samples, write_npy};
+use super::{alike, cnn, gelu, mlp, numbers, onnxruntime, options, samples, write_npy};
 use nibble_models::graph::{GraphRunner, Rten, fold_model, inputs};
 use nibble_models::qat::adaround::{Learning, learn};
 use nibble_models::vision::calibrate::equalize_weights;
@@ -206,8 +206,8 @@ fn onnxruntime_leaves_layers_float_that_are_to_be_float() {
     let data = Data::open(&file, &inputs(&float), options()).unwrap();
     // Integers before and after: rounded with one scale, its uneven channels would be lost.
     let w2 = || "weight:w2".parse().unwrap();
-    let excluded = Settings { exclude: vec![w2()], ..Settings::default() };
-    let half = Settings { stored: vec![(w2(), Stored::Half)], ..Settings::default() };
+    let excluded = Settings { exclude: vec![w2()], ..alike() };
+    let half = Settings { stored: vec![(w2(), Stored::Half)], ..alike() };
     let mut sizes = Vec::new();
     for (settings, reads) in [(excluded, "w2"), (half, "w2_float")] {
         let prepared = made(&float, &file, &settings, Equalize::Nothing);
