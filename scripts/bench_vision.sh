@@ -33,8 +33,9 @@ done
 # Without VNNI sums of two products saturate in ONNX Runtime, unless weights are limited for that.
 RANGE=()
 if grep -q '^flags' /proc/cpuinfo 2>/dev/null && ! grep -qwE 'avx512_vnni|avx_vnni' /proc/cpuinfo; then
-    note "this processor has no VNNI: models are made with --reduce-range"
+    note "this processor has no VNNI: models are made with --reduce-range, peers (but naive ones) with reduce_range"
     RANGE=(--reduce-range)
+    export REDUCED=1
 fi
 
 # quantize LABEL MODEL CALIB OPTION...: an argument for the table, in OURS.

@@ -81,7 +81,7 @@ def make(what, path, calib, out):
     quant_pre_process(path, prepared, skip_symbolic_shape=True)
     types = {"op_types_to_quantize": ["MatMul", "Gemm"]}
     if what == "dynamic":
-        quantize_dynamic(prepared, out, per_channel=True, weight_type=QuantType.QInt8, **types)
+        quantize_dynamic(prepared, out, per_channel=True, weight_type=QuantType.QInt8, reduce_range=REDUCED, **types)
         return
     more = {}
     if what.startswith("linear"):
@@ -96,8 +96,12 @@ def make(what, path, calib, out):
     method = CalibrationMethod.Percentile if "percentile" in what else CalibrationMethod.MinMax
     quantize_static(
         prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=what != "naive", activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8, calibrate_method=method, **more,
+        weight_type=QuantType.QInt8, calibrate_method=method, reduce_range=REDUCED and what != "naive", **more,
     )
+
+
+# Whether its weights have 7 bits, for processors without VNNI.
+REDUCED = bool(os.environ.get("REDUCED"))
 
 
 def usual(kind):

@@ -122,13 +122,11 @@ pub fn learn(
         let problem = Problem { exact: &exact, scales: &scales, most, shape, moments };
         let learned = problem.solve(&mut codes, learning).map_err(candle)?;
         found.push(Learned { node: layer.node.clone(), ..learned });
+        if let Some(pairs) = &pairs {
+            pairs.limit(&mut codes, shape[1], None);
+        }
         let codes = if layout == Layout::Columns { transpose(&codes, shape[0], shape[1]) } else { codes };
-        let weight = Weight { codes, ..start };
-        let weight = match &pairs {
-            Some(pairs) => weight.limited(pairs, layout),
-            None => weight,
-        };
-        calibration.weights.insert(name.clone(), weight);
+        calibration.weights.insert(name.clone(), Weight { codes, ..start });
     }
     Ok(found)
 }

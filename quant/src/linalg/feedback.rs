@@ -105,20 +105,23 @@ impl SimdOp for Behind<'_> {
             for (j, sums) in block.clone().zip(sums.chunks_exact_mut(rows * LANES)) {
                 let first = j * LANES;
                 let panel = &feedback.panels[j][(from - first) * LANES..(stretch.end - first) * LANES];
-                let panel = panel.as_chunks::<LANES>().0;
-                let sums = sums.as_chunks_mut::<LANES>().0;
-                for (sums, errors) in sums.chunks_mut(SUMS).zip(errors.chunks(SUMS * padded)) {
-                    match <&mut [[f32; LANES]; SUMS]>::try_from(&mut *sums) {
-                        Ok(sums) => add(s, sums, panel, |q| &errors[q * padded..][stretch.clone()]),
-                        Err(_) => {
-                            for (sum, errors) in sums.iter_mut().zip(errors.chunks_exact(padded)) {
-                                add(s, std::array::from_mut(sum), panel, |_| &errors[stretch.clone()]);
-                            }
-                        }
-                    }
-                }
+                add_rows(s, sums, panel, errors, padded, from);
             }
         }
+    }
+}
+
+/// `sums[row] += sum over b of errors[row][from + b] * panel[b]`: `sums` are (rows, 16), `errors` (rows, padded).
+#[inline(always)]
+pub(super) fn add_rows<S: Simd>(s: S, sums: &mut [f32], panel: &[f32], errors: &[f32], padded: usize, from: usize) {
+    let panel = panel.as_chunks::<LANES>().0;
+    let (fours, rest) = sums.as_chunks_mut::<LANES>().0.as_chunks_mut::<SUMS>();
+    let (errors, last) = errors.split_at(fours.len() * SUMS * padded);
+    for (sums, errors) in fours.iter_mut().zip(errors.chunks_exact(SUMS * padded)) {
+        add(s, sums, panel, |q| &errors[q * padded + from..(q + 1) * padded]);
+    }
+    for (sum, errors) in rest.iter_mut().zip(last.chunks_exact(padded)) {
+        add(s, std::array::from_mut(sum), panel, |_| &errors[from..]);
     }
 }
 

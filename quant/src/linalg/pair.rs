@@ -9,7 +9,7 @@
 //! ```
 //! Rounding `best` is YAQA (arXiv 2505.22988); with G the identity it is GPTQ.
 
-use super::feedback::SUMS;
+use super::feedback::{SUMS, add_rows};
 use super::{Decide, Feedback, TILE};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
@@ -60,22 +60,8 @@ impl SimdOp for Later<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let rows = self.shifted.len() / self.padded;
-        let mut sums = [s.splat(0.0); SUMS];
-        // Short batches read their last row again.
-        let tails: [&[f32]; SUMS] = std::array::from_fn(|q| {
-            let q = q.min(rows - 1);
-            &self.shifted[q * self.padded + self.from..(q + 1) * self.padded]
-        });
-        for (b, m) in self.after.as_chunks::<LANES>().0.iter().enumerate() {
-            let m = s.load(m);
-            for q in 0..SUMS {
-                sums[q] = s.fma(s.splat(tails[q][b]), m, sums[q]);
-            }
-        }
-        for (to, sum) in self.sums.as_chunks_mut::<LANES>().0.iter_mut().zip(sums) {
-            s.store(sum, to);
-        }
+        self.sums.fill(0.0);
+        add_rows(s, self.sums, self.after, self.shifted, self.padded, self.from);
     }
 }
 

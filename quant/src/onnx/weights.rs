@@ -51,20 +51,6 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Without pairs that are too large; the codes are in the order of `layout`.
-    pub fn limited(mut self, pairs: &Pairs, layout: Layout) -> Weight {
-        let k = self.codes.len().checked_div(self.channels).unwrap_or(0).max(1);
-        let flipped = |codes: &[i8], rows: usize| transpose(codes, rows, codes.len() / rows.max(1));
-        if layout == Layout::Columns {
-            self.codes = flipped(&self.codes, k);
-        }
-        self.codes.chunks_mut(k).for_each(|row| pairs.limit(row, None));
-        if layout == Layout::Columns {
-            self.codes = flipped(&self.codes, self.channels);
-        }
-        self
-    }
-
     /// The scale of an output channel.
     pub fn scale(&self, channel: usize) -> f32 {
         match self.scales.as_slice() {
@@ -204,12 +190,11 @@ pub fn quantize(
             *scale = replaced;
             let params = QParams { scale: replaced, zero_point: 0 };
             let range = if per_channel { row * k..(row + 1) * k } else { 0..n * k };
-            for (code, &value) in codes[range.clone()].iter_mut().zip(&values[range]) {
+            for (code, &value) in codes[range.clone()].iter_mut().zip(&values[range.clone()]) {
                 *code = grid.quantize(params, value).clamp(-most, most) as i8;
             }
             if let Some(pairs) = pairs {
-                let range = if per_channel { row * k..(row + 1) * k } else { 0..n * k };
-                codes[range].chunks_mut(k.max(1)).for_each(|row| pairs.limit(row, None));
+                pairs.limit(&mut codes[range], k, None);
             }
         }
     }

@@ -127,8 +127,9 @@ impl Run for Qat {
         let after = judge(&mut net, &mut float)?;
         let path = &self.output.output;
         net.export()?.save(path, External::Auto)?;
-        if self.weight_bits == 8 && self.activation_bits == 8 {
-            saturation("--weight-bits 7").into_iter().for_each(|caution| session.remark(caution));
+        let whole = self.weight_bits == 8 && self.activation_bits == 8;
+        if let Some(caution) = saturation("--weight-bits 7").filter(|_| whole) {
+            session.remark(caution);
         }
         let bytes = |path: &PathBuf| std::fs::metadata(path).map(|m| m.len()).unwrap_or_default();
         if session.json {

@@ -131,7 +131,9 @@ impl Run for Quantize {
         }
         let peak = output::peak_rss().map_or(String::new(), |rss| format!(", peak {}", output::bytes(rss)));
         session.remark(format!("{}{peak}", crate::progress::duration(seconds)));
-        self.recipe.caution().into_iter().for_each(|caution| session.remark(caution));
+        if let Some(caution) = self.recipe.caution() {
+            session.remark(caution);
+        }
         output::say(&format!(
             "{}: {} of {} nodes in integers, {} -> {}",
             output.display(),

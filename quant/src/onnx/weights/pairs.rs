@@ -7,12 +7,13 @@
 use super::{AlgoInput, Layout, Seen, shape};
 use crate::algo::{algorithm, under_scales};
 use crate::error::Result;
+use crate::observer::{IntGrid, IntType, QParams};
 use crate::onnx::proto::*;
 use crate::{Granularity, QuantSpec};
 
 /// What two neighbours may come to: 255 * 128 < 2^15.
 const MOST: i32 = 128;
-/// How much wider scales are tried; under the last one no pair is beyond [`MOST`].
+/// How much wider scales are tried; under twice one that cuts nothing off no pair is beyond [`MOST`].
 const WIDER: [f32; 9] = [1.0, 1.05, 1.1, 1.16, 1.23, 1.32, 1.45, 1.65, 2.0];
 
 /// Which values of an output channel are multiplied and added in pairs.
@@ -44,8 +45,13 @@ impl Pairs {
         self.0.iter().any(|pair| sum(codes, *pair).abs() > MOST)
     }
 
-    /// Makes pairs that are too large smaller, the value whose error costs less by more.
-    pub(super) fn limit(&self, codes: &mut [i8], costs: Option<&[f32]>) {
+    /// Makes pairs that are too large smaller, the value whose error costs less by more. `codes` are rows of `k` values, `costs`
+    /// (k).
+    pub fn limit(&self, codes: &mut [i8], k: usize, costs: Option<&[f32]>) {
+        codes.chunks_mut(k.max(1)).for_each(|row| self.limit_row(row, costs));
+    }
+
+    fn limit_row(&self, codes: &mut [i8], costs: Option<&[f32]>) {
         for &pair in &self.0 {
             let excess = sum(codes, pair).abs() - MOST;
             if excess <= 0 {
@@ -80,6 +86,7 @@ impl Limited<'_> {
     /// Codes (n, k) without pairs that are too large, under scales as much wider as is best for that.
     pub(super) fn limit(&self, codes: &mut [i8], scales: &mut [f32]) -> Result<()> {
         let [n, k] = self.shape;
+        let grid = IntGrid::symmetric(IntType::S8);
         let together = if scales.len() == n { 1 } else { n };
         let mut changed = vec![false; n];
         let unit = (together * k).max(1);
@@ -91,8 +98,9 @@ impl Limited<'_> {
             let mut best: Option<(f64, f32, Vec<i8>)> = None;
             for wider in WIDER {
                 let scale = base * wider;
-                let mut tried: Vec<i8> = values.iter().map(|v| nearest(*v, scale)).collect();
-                tried.chunks_mut(k).for_each(|row| self.pairs.limit(row, self.seen.importance));
+                let params = QParams { scale, zero_point: 0 };
+                let mut tried: Vec<i8> = values.iter().map(|v| grid.quantize(params, *v) as i8).collect();
+                self.pairs.limit(&mut tried, k, self.seen.importance);
                 let error = self.error(values, scale, &tried);
                 if best.as_ref().is_none_or(|(least, ..)| error < *least) {
                     best = Some((error, scale, tried));
@@ -149,15 +157,11 @@ impl Limited<'_> {
             for (row, chosen) in rows.iter().zip(tensor.codes.chunks(k)) {
                 let codes = &mut codes[row * k..(row + 1) * k];
                 codes.iter_mut().zip(chosen).for_each(|(to, c)| *to = (i32::from(*c) - self.spec.middle()) as i8);
-                self.pairs.limit(codes, Some(&importance));
+                self.pairs.limit(codes, k, Some(&importance));
             }
         }
         Ok(())
     }
-}
-
-fn nearest(value: f32, scale: f32) -> i8 {
-    (value / scale).round_ties_even().clamp(-127.0, 127.0) as i8
 }
 
 #[cfg(test)]
@@ -195,7 +199,7 @@ mod tests {
     fn no_pair_is_too_large_afterwards_and_others_stay() {
         let pairs = Pairs(vec![[0, 1], [1, 2], [3, 4], [5, 6]]);
         let mut codes = [127, 127, 90, -100, -29, -127, 127];
-        pairs.limit(&mut codes, Some(&[1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]));
+        pairs.limit(&mut codes, 7, Some(&[1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]));
         assert!(!pairs.exceeded_by(&codes));
         assert_eq!(codes[5..], [-127, 127], "of two signs");
         assert!(codes[1] > codes[0] && codes[3] + codes[4] == -128, "{codes:?}");
