@@ -60,15 +60,22 @@ turned() {
 }
 # text NAME FLAG...: block by block over the calibration text.
 text() { wanted "$1" || return 0; of "$FLOAT" "$@" --calib "$CACHE/texts/calib.txt" --calib-tokens "$TOKENS"; }
-# allocated NAME BITS FLAG...: bits by gradients (of GRADIENT_TOKENS), everything else by statistics of inputs.
+# allocated NAME BITS HOW FLAG...: bits by gradients (of GRADIENT_TOKENS), everything else by statistics of inputs; of the
+# checkpoint rewritten as HOW says, or `as-it-is`.
 allocated() {
     wanted "$1" || return 0
-    local name="$1" bits="$2" recipe="$FOLDER/$2.toml" rules=() rule
-    shift 2
-    [ -f "$recipe" ] || "$NIBBLE" quantize "$FLOAT" -o "$FOLDER/none" --dry-run --quiet --fixed-levels --target-bpw "$bits" \
-        --stats "$(TOKENS="${GRADIENT_TOKENS:-5120}" stats both "$FLOAT" --gradients)" --save-recipe "$recipe" >/dev/null
+    local name="$1" bits="$2" how="$3" model="$FLOAT" prefix="" recipe rules=() rule
+    shift 3
+    [ "$how" = as-it-is ] || model="$(transformed "$how")" prefix="$how-"
+    recipe="$FOLDER/$prefix$bits.toml"
+    [ -f "$recipe" ] || "$NIBBLE" quantize "$model" -o "$FOLDER/none" --dry-run --quiet --fixed-levels --target-bpw "$bits" \
+        --stats "$(TOKENS="${GRADIENT_TOKENS:-5120}" stats "${prefix}both" "$model" --gradients)" --save-recipe "$recipe" >/dev/null
     while IFS= read -r rule; do rules+=(--rule "$rule"); done < <(python3 "$REPO/scripts/peers/rules.py" "$recipe")
-    of "$FLOAT" "$name" --stats "$(stats inputs "$FLOAT")" --algorithm descent "${rules[@]}" "$@"
+    case " $* " in
+    *" autoround "*) set -- --calib "$CACHE/texts/calib.txt" --calib-tokens "$TOKENS" "$@" ;;
+    *) set -- --stats "$(stats "${how/as-it-is/inputs}" "$model")" "$@" ;;
+    esac
+    of "$model" "$name" "${rules[@]}" "$@"
 }
 
 WANTED=("$@")
@@ -92,5 +99,12 @@ for scheme in int3-g32-dq int3-nl-g32-dq int4-g32-dq int5-g32-dq int6-g32-dq int
     inputs "$scheme" --scheme "$scheme" --algorithm descent
 done
 # Rows of the issue.
-for bits in 3.5 4.127 4.30 5.5 6.0; do allocated "at-$bits" "$bits"; done
+for bits in 3.5 4.127 4.30 5.5 6.0; do
+    allocated "at-$bits" "$bits" as-it-is --algorithm descent
+    allocated "hadamard-at-$bits" "$bits" hadamard --algorithm descent
+done
+for bits in 3.5 4.30; do
+    allocated "autoround-at-$bits" "$bits" as-it-is --algorithm autoround
+    allocated "hadamard-autoround-at-$bits" "$bits" hadamard --algorithm autoround
+done
 ACTIVATIONS=int8 way w8a8 --scheme int8-channel

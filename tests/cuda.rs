@@ -3,6 +3,7 @@
 //! run on this machine's GPU as well, if it has one.
 
 mod attention;
+mod choice;
 mod few;
 mod fused;
 mod linear;
@@ -56,7 +57,9 @@ laws! {
     rows::norms_divide_rows_and_heads_by_their_root_mean_square,
     rows::rotation_turns_pairs_and_leaves_the_rest,
     rows::gates_sums_and_caps_are_their_formulas,
-    rows::choices_are_the_first_of_the_largest,
+    choice::choices_are_the_first_of_the_largest,
+    choice::the_largest_few_are_sorted_and_all_are_weighed,
+    choice::penalties_are_the_hosts_to_the_last_bit,
     rows::selected_rows_are_copies,
     probe::the_doctors_products_are_right,
     attention::attention_is_softmax_of_scores_times_values,
@@ -71,6 +74,7 @@ laws! {
     model::a_tiny_model_of_each_family_speaks_as_on_the_cpu,
     model::every_way_to_store_weights_and_keys_speaks_as_on_the_cpu,
     model::only_the_choice_comes_back_from_the_device,
+    model::tokens_are_drawn_as_from_the_hosts_copy_of_the_logits,
 }
 
 /// The operations on this machine's first GPU.

@@ -12,6 +12,7 @@
 //! Sums are taken in an order that depends on shapes (and on the device's number of processors), never on timing.
 
 mod attention;
+mod choice;
 mod data;
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -23,6 +24,7 @@ mod rows;
 mod weight;
 
 pub use attention::{CacheKind, CacheShape, CudaAttention, DeviceCache, DeviceToken};
+pub use choice::Largest;
 pub use data::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Place};
 pub use gpu::{DeviceMemory, Gpu, Launch, MODULES, Ptx};
 pub use linear::{DeviceNorm, DeviceProduct};

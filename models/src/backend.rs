@@ -7,6 +7,7 @@
 
 use crate::config::Activation;
 use crate::error::Result;
+use crate::sample::{Penalized, Penalty, Top};
 use nibble_quant::format::source::QuantizedRows;
 use std::ops::Range;
 
@@ -252,6 +253,26 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// A row has no number among them.
     fn argmax(&self, x: &Self::Buffer, rows: usize, width: usize, found: &mut Vec<u32>) -> Result<()>;
+    /// Takes a penalty off the values of some tokens of a row.
+    ///
+    /// # Errors
+    /// There is no such row or token.
+    fn penalize(&self, x: &mut Self::Buffer, row: usize, penalty: Penalty, tokens: &[Penalized]) -> Result<()>;
+    /// Puts into `found` the `k` largest of a row's first `width` values, and what these weigh at a temperature; only that
+    /// comes back from a device.
+    ///
+    /// # Errors
+    /// `k` is more than `width` or [`Look::MOST`](crate::sample::Look::MOST); a value is NaN or positive infinity, or none is
+    /// finite, where the device says so at once.
+    fn top(
+        &self,
+        x: &Self::Buffer,
+        row: usize,
+        width: usize,
+        k: usize,
+        temperature: Option<f32>,
+        found: &mut Top,
+    ) -> Result<()>;
     /// The rows' values as the host sees them, row-major; a copy where the device's memory is not the host's.
     fn read<'a>(&self, x: &'a Self::Buffer, rows: Range<usize>) -> Result<std::borrow::Cow<'a, [f32]>>;
     /// Forgets all positions from `length` on.

@@ -3,6 +3,7 @@
 use crate::backend::{AttentionSpec, Backend, DenseMatrix, KvKind, KvPlan, Linear, Matrix, Segment};
 use crate::config::Activation;
 use crate::error::Result;
+use crate::sample::{Penalized, Penalty, Top};
 use half::{bf16, f16};
 use nibble_kernels::gemm::{Product, multiply};
 use nibble_kernels::ops::math::Function;
@@ -289,6 +290,24 @@ impl Backend for CpuBackend {
             found.push(crate::sample::argmax(&x.rows(row..row + 1)[..width])?);
         }
         Ok(())
+    }
+
+    fn penalize(&self, x: &mut CpuBuffer, row: usize, penalty: Penalty, tokens: &[Penalized]) -> Result<()> {
+        let width = x.width;
+        penalty.apply(tokens, &mut x.edit(row + 1)[row * width..]);
+        Ok(())
+    }
+
+    fn top(
+        &self,
+        x: &CpuBuffer,
+        row: usize,
+        width: usize,
+        k: usize,
+        temperature: Option<f32>,
+        found: &mut Top,
+    ) -> Result<()> {
+        crate::sample::top(&x.rows(row..row + 1)[..width], k, temperature, found)
     }
 
     fn read<'a>(&self, x: &'a CpuBuffer, rows: Range<usize>) -> Result<Cow<'a, [f32]>> {

@@ -1,12 +1,13 @@
 //! [`Backend`] on a GPU: the kernels of [`nibble_kernels::cuda`] over whatever [`Gpu`] there is.
 //!
-//! Nothing waits for the device but [`Backend::read`] and [`Backend::argmax`]: a forward pass is a sequence of
+//! Nothing waits for the device but [`Backend::read`], [`Backend::argmax`] and [`Backend::top`]: a forward pass is a sequence of
 //! launches. Where a batch's rows stand is put on the device once a pass, when it is first asked for.
 
 use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Matrix, Norm, Segment};
 use crate::config::Activation;
 use crate::cpu::pack_dense;
 use crate::error::{ModelError, Result};
+use crate::sample::{Penalized, Penalty, Top};
 use nibble_kernels::KernelError;
 use nibble_kernels::cuda::{
     CacheKind, CacheShape, Cuda, CudaAttention, DeviceCache, DeviceIndices, DeviceMemory, DeviceNorm, DeviceProduct,
@@ -296,6 +297,25 @@ impl<G: Gpu> Backend for CudaBackend<G> {
             let none = || ModelError::Logits { why: "a row of them holds no number".to_string() };
             found.push(token.ok_or_else(none)?);
         }
+        Ok(())
+    }
+
+    fn penalize(&self, x: &mut Self::Buffer, row: usize, penalty: Penalty, tokens: &[Penalized]) -> Result<()> {
+        let penalty = [penalty.repetition, penalty.frequency, penalty.presence];
+        Ok(self.cuda.penalize(x, row, penalty, bytemuck::cast_slice(tokens), &mut self.staged().indices)?)
+    }
+
+    fn top(
+        &self,
+        x: &Self::Buffer,
+        row: usize,
+        width: usize,
+        k: usize,
+        temperature: Option<f32>,
+        found: &mut Top,
+    ) -> Result<()> {
+        let largest = self.cuda.largest(x, (row, width), k, temperature)?;
+        *found = Top { tokens: largest.found, total: largest.total };
         Ok(())
     }
 

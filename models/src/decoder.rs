@@ -8,14 +8,15 @@
 //! ```
 
 mod partial;
+mod predict;
 
 pub use partial::PARTS;
 
 use crate::backend::{AttentionSpec, Backend, KvKind, KvPlan, Linear, Norm, Segment};
 use crate::config::ModelConfig;
 use crate::error::{ModelError, Result};
+use crate::sample::Top;
 use crate::weights::Weights;
-use std::borrow::Cow;
 use std::ops::Range;
 
 /// One decoder layer's parameters on the device.
@@ -91,6 +92,7 @@ pub struct Context<B: Backend> {
     logits: B::Buffer,
     tokens: Vec<u32>,
     choices: Vec<u32>,
+    top: Top,
     segments: Vec<Segment>,
     rows: usize,
 }
@@ -241,6 +243,7 @@ impl<B: Backend> Decoder<B> {
             selected: b.buffer(plan.logit_rows, c.hidden)?,
             logits: b.buffer(plan.logit_rows, c.vocab_size)?,
             choices: Vec::with_capacity(plan.logit_rows),
+            top: Top::default(),
             tokens: Vec::with_capacity(chunk),
             segments: Vec::with_capacity(plan.sequences),
             rows: 0,
@@ -310,52 +313,6 @@ impl<B: Backend> Decoder<B> {
         self.residual(&mut cx.gate, rows, (&layer.down, layer.down_bias.as_ref()), &mut cx.h, &mut cx.x)
     }
 
-    /// Logits of some rows of the last batch, (rows, vocabulary) row-major; at most the plan's `logit_rows`.
-    pub fn logits<'a>(&self, cx: &'a mut Context<B>, rows: &[usize]) -> Result<Cow<'a, [f32]>> {
-        self.predict(cx, rows)?;
-        self.backend.read(&cx.logits, 0..rows.len())
-    }
-
-    /// The likeliest of the first `vocabulary` tokens after some rows of the last batch: what [`Decoder::logits`] would
-    /// show, but only the tokens leave the device.
-    ///
-    /// # Errors
-    /// As [`Decoder::logits`], or a row's logits are no numbers.
-    pub fn likeliest<'a>(&self, cx: &'a mut Context<B>, rows: &[usize], vocabulary: usize) -> Result<&'a [u32]> {
-        self.predict(cx, rows)?;
-        let vocabulary = vocabulary.min(self.config.vocab_size);
-        self.backend.argmax(&cx.logits, rows.len(), vocabulary, &mut cx.choices)?;
-        Ok(&cx.choices)
-    }
-
-    /// Leaves the logits of some rows of the last batch on the device.
-    fn predict(&self, cx: &mut Context<B>, rows: &[usize]) -> Result<()> {
-        if rows.len() > cx.plan.logit_rows {
-            let why = format!("logits of {} rows at once, planned for {}", rows.len(), cx.plan.logit_rows);
-            return Err(ModelError::Context { why });
-        }
-        if let Some(row) = rows.iter().find(|row| **row >= cx.rows) {
-            let why = format!("logits of row {row}; the last batch had {} rows", cx.rows);
-            return Err(ModelError::Context { why });
-        }
-        let b = &self.backend;
-        let is_all = rows.iter().copied().eq(0..cx.rows);
-        if !is_all {
-            b.select_rows(&cx.x, rows, &mut cx.selected)?;
-        }
-        let x = if is_all { &cx.x } else { &cx.selected };
-        let norm = Norm { x, gain: &self.norm, eps: self.config.rms_eps, out: &mut cx.h };
-        let head = Linear { weight: self.head(), bias: None, out: &mut cx.logits };
-        b.norm_linear(norm, rows.len(), &mut [head])?;
-        if let Some(factor) = self.config.logit_scale {
-            b.scale(&mut cx.logits, factor, rows.len())?;
-        }
-        if let Some(cap) = self.config.logit_softcap {
-            b.softcap(&mut cx.logits, cap, rows.len())?;
-        }
-        Ok(())
-    }
-
     /// The whole of a prompt, in chunks; the last row's logits can be asked for afterwards with
     /// [`Decoder::last_logits`].
     pub fn prefill(&self, cx: &mut Context<B>, sequence: usize, tokens: &[u32]) -> Result<()> {
@@ -363,12 +320,6 @@ impl<B: Backend> Decoder<B> {
             self.forward(cx, &[(sequence, chunk)], None)?;
         }
         Ok(())
-    }
-
-    /// Logits of the last batch's last row.
-    pub fn last_logits<'a>(&self, cx: &'a mut Context<B>) -> Result<Cow<'a, [f32]>> {
-        let last = cx.rows.saturating_sub(1);
-        self.logits(cx, &[last])
     }
 
     /// x += scale * (input * weight^T + bias); `spare` is overwritten where the family scales.

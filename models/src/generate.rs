@@ -96,8 +96,6 @@ pub fn generate<B: Backend>(
     let mut stops = StopStrings::new(options.stop.iter().cloned())?;
     let mut stream = tokenizer.stream(true, false);
     prompt.iter().for_each(|token| sampler.accept(*token));
-    let is_greedy = options.sample.takes_the_likeliest();
-    let no_row = || ModelError::Logits { why: "there are none".to_string() };
 
     let start = Instant::now();
     decoder.prefill(cx, sequence, prompt)?;
@@ -112,10 +110,7 @@ pub fn generate<B: Backend>(
     let mut first = None;
     while answer.tokens.len() < options.max_tokens {
         let last = cx.rows().end.saturating_sub(1);
-        let token = match is_greedy {
-            true => *decoder.likeliest(cx, &[last], vocabulary)?.first().ok_or_else(no_row)?,
-            false => sampler.sample(&decoder.logits(cx, &[last])?[..vocabulary])?,
-        };
+        let token = decoder.choose(cx, last, &mut sampler)?;
         let now = *first.get_or_insert_with(Instant::now);
         if answer.tokens.is_empty() {
             answer.prompt_seconds = (now - start).as_secs_f64();

@@ -37,7 +37,7 @@ pub use error::{ModelError, Result};
 pub use family::{FAMILIES, Family};
 pub use hub::{HubEvent, HubOptions};
 pub use model::{Model, ModelOptions, gguf_sidecars};
-pub use sample::{SampleSettings, Sampler, argmax};
+pub use sample::{Look, Penalized, Penalty, SampleSettings, Sampler, Top, argmax};
 pub use sidecars::Sidecars;
 pub use stop::StopStrings;
 pub use template::{ChatTemplate, Message, RenderOptions};

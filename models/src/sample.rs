@@ -19,8 +19,10 @@ mod penalty;
 mod rng;
 
 use crate::error::{ModelError, Result};
+use nibble_kernels::Isa;
 
 use penalty::Penalties;
+pub use penalty::{Penalized, Penalty};
 pub(crate) use rng::Rng;
 
 /// How the next token is chosen. The default is the most likely one.
@@ -63,12 +65,6 @@ impl Default for SampleSettings {
 }
 
 impl SampleSettings {
-    /// Whether they always take the largest logit as it is.
-    pub fn takes_the_likeliest(&self) -> bool {
-        let is_free = self.repetition_penalty == 1.0 && self.frequency_penalty == 0.0 && self.presence_penalty == 0.0;
-        self.temperature == 0.0 && is_free
-    }
-
     fn check(&self) -> Result<()> {
         let rules: [(&str, f32, bool, &str); 6] = [
             ("temperature", self.temperature, self.temperature >= 0.0, "a number from 0"),
@@ -85,6 +81,38 @@ impl SampleSettings {
         }
         Ok(())
     }
+}
+
+/// The largest logits of a row, and what all of the row weighs: as much of it as most choices need.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Top {
+    /// Tokens and their logits, largest first, equal ones by token; NaN stands before all numbers.
+    pub tokens: Vec<(u32, f32)>,
+    /// Sum of e^((logit - largest) / temperature) over the row; only where it was asked for.
+    pub total: f64,
+}
+
+/// What a sampler wants to see of a row of logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Look {
+    /// The likeliest token.
+    Likeliest,
+    /// The `k` largest logits, at most [`Look::MOST`], and the total at this temperature.
+    Top {
+        /// How many.
+        k: usize,
+        /// Divisor of logits in the total; `None` where nobody asks for it.
+        temperature: Option<f32>,
+    },
+    /// Every logit.
+    All,
+}
+
+impl Look {
+    /// The largest `k`.
+    pub const MOST: usize = 1024;
+    /// How many logits are looked at where no number is set: mostly they have all of the probability that is asked for.
+    const FRONT: usize = 256;
 }
 
 /// A token that may be drawn, with its probability relative to the likeliest token's.
@@ -109,6 +137,7 @@ pub struct Sampler {
     rng: Rng,
     penalties: Option<Penalties>,
     penalized: Vec<f32>,
+    top: Top,
     candidates: Vec<Candidate>,
 }
 
@@ -125,6 +154,7 @@ impl Sampler {
             vocab_size,
             settings,
             penalized: Vec::new(),
+            top: Top::default(),
             candidates: Vec::new(),
         })
     }
@@ -133,6 +163,29 @@ impl Sampler {
     pub fn accept(&mut self, token: u32) {
         if let Some(penalties) = &mut self.penalties {
             penalties.accept(token);
+        }
+    }
+
+    /// How many logits it chooses among.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// What is taken off logits before anything else, and of which tokens' logits; `None` where nothing is.
+    pub fn penalties(&mut self) -> Option<(Penalty, &[Penalized])> {
+        self.penalties.as_mut().map(Penalties::list)
+    }
+
+    /// What it wants to see of logits whose penalties are taken off.
+    pub fn look(&self) -> Look {
+        let SampleSettings { temperature, top_k, top_p, min_p, .. } = self.settings;
+        match top_k {
+            _ if temperature == 0.0 => Look::Likeliest,
+            1 => Look::Likeliest,
+            0 if top_p >= 1.0 && min_p == 0.0 => Look::All,
+            0 => Look::Top { k: Look::FRONT.min(self.vocab_size), temperature: (top_p < 1.0).then_some(temperature) },
+            k if k.min(self.vocab_size) > Look::MOST => Look::All,
+            k => Look::Top { k: k.min(self.vocab_size), temperature: None },
         }
     }
 
@@ -145,78 +198,113 @@ impl Sampler {
             let why = format!("{} values for a vocabulary of {}", logits.len(), self.vocab_size);
             return Err(ModelError::Logits { why });
         }
-        let logits = match &self.penalties {
-            Some(penalties) => {
-                self.penalized.clear();
-                self.penalized.extend_from_slice(logits);
-                penalties.apply(&mut self.penalized);
-                &self.penalized
+        let Some(penalties) = &mut self.penalties else { return self.choose(logits) };
+        let (penalty, tokens) = penalties.list();
+        let mut penalized = std::mem::take(&mut self.penalized);
+        penalized.clear();
+        penalized.extend_from_slice(logits);
+        penalty.apply(tokens, &mut penalized);
+        let chosen = self.choose(&penalized);
+        self.penalized = penalized;
+        chosen
+    }
+
+    /// The same once penalties are taken off.
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        match self.look() {
+            Look::Likeliest => argmax(logits),
+            Look::Top { k, temperature } => {
+                let mut seen = std::mem::take(&mut self.top);
+                let chosen = top(logits, k, temperature, &mut seen).and_then(|()| self.choose_among(&seen));
+                self.top = seen;
+                match chosen? {
+                    Some(token) => Ok(token),
+                    None => self.choose_among_all(logits),
+                }
             }
-            None => logits,
-        };
-        let best = argmax(logits)?;
-        if self.settings.temperature == 0.0 || self.settings.top_k == 1 {
-            return Ok(best);
+            Look::All => self.choose_among_all(logits),
         }
-        let (max, temperature) = (f64::from(logits[best as usize]), f64::from(self.settings.temperature));
-        let weights = logits.iter().zip(0..).map(|(&logit, id)| {
+    }
+
+    /// Chooses the next token from what [`Sampler::look`] wanted to see; `None` if it has to see every logit after all.
+    ///
+    /// # Errors
+    /// A logit is NaN or positive infinity, or none is finite.
+    pub fn choose_among(&mut self, top: &Top) -> Result<Option<u32>> {
+        let Some(&(token, max)) = top.tokens.first() else {
+            return Err(ModelError::Logits { why: "none of 0 is finite".to_owned() });
+        };
+        check(token, max)?;
+        if max == f32::NEG_INFINITY {
+            return Err(ModelError::Logits { why: format!("none of {} is finite", top.tokens.len()) });
+        }
+        let temperature = f64::from(self.settings.temperature);
+        let weigh = |&(id, logit): &(u32, f32)| {
+            let weight = exp((f64::from(logit) - f64::from(max)) / temperature);
+            Candidate { weight, id }
+        };
+        self.candidates.clear();
+        self.candidates.extend(top.tokens.iter().map(weigh));
+        let is_all = self.candidates.len() == self.vocab_size || self.settings.top_k == self.candidates.len();
+        let total = if is_all { self.total() } else { top.total };
+        match self.kept(total) {
+            Some(kept) => self.candidates.truncate(kept),
+            None if is_all => (),
+            None => return Ok(None),
+        }
+        Ok(Some(self.draw()))
+    }
+
+    /// The same from every logit.
+    ///
+    /// # Errors
+    /// As [`Sampler::choose_among`].
+    pub fn choose_among_all(&mut self, logits: &[f32]) -> Result<u32> {
+        let max = f64::from(logits[argmax(logits)? as usize]);
+        let temperature = f64::from(self.settings.temperature);
+        self.candidates.clear();
+        self.candidates.extend(logits.iter().zip(0..).map(|(&logit, id)| {
             let weight = exp((f64::from(logit) - max) / temperature);
             Candidate { weight, id }
-        });
-        self.candidates.clear();
-        self.candidates.extend(weights.filter(|c| c.weight > 0.0));
-        self.keep_top_k();
-        self.keep_top_p();
-        if self.settings.min_p > 0.0 {
-            let least = f64::from(self.settings.min_p);
-            self.candidates.retain(|c| c.weight >= least);
+        }));
+        let SampleSettings { top_k, top_p, min_p, .. } = self.settings;
+        if top_k > 0 || top_p < 1.0 || min_p > 0.0 {
+            self.candidates.sort_unstable_by(Candidate::order);
+            if top_k > 0 {
+                self.candidates.truncate(top_k);
+            }
+            if let Some(kept) = self.kept(self.total()) {
+                self.candidates.truncate(kept);
+            }
         }
         Ok(self.draw())
     }
 
-    fn keep_top_k(&mut self) {
-        let k = self.settings.top_k;
-        if k == 0 || k >= self.candidates.len() {
-            return;
+    /// How many of the candidates, likeliest first, top-p and min-p keep, of weights that sum to `total`; `None` if they
+    /// keep all of these and perhaps more.
+    fn kept(&self, total: f64) -> Option<usize> {
+        let (share, least) = (f64::from(self.settings.top_p), f64::from(self.settings.min_p));
+        let mut sum = 0.0;
+        for (at, candidate) in self.candidates.iter().enumerate() {
+            if candidate.weight < least || candidate.weight == 0.0 {
+                return Some(at);
+            }
+            sum += candidate.weight;
+            if share < 1.0 && sum >= share * total {
+                return Some(at + 1);
+            }
         }
-        self.candidates.select_nth_unstable_by(k - 1, Candidate::order);
-        self.candidates.truncate(k);
-        self.candidates.sort_unstable_by(Candidate::order);
+        None
     }
 
-    fn keep_top_p(&mut self) {
-        if self.settings.top_p >= 1.0 {
-            return;
-        }
-        let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
-        let target = f64::from(self.settings.top_p) * total;
-        let len = self.candidates.len();
-        let (mut sorted, mut step, mut sum) = (0, 64, 0.0);
-        // The kept tokens are few as a rule: sort a growing front instead of all.
-        while sorted < len {
-            let rest = &mut self.candidates[sorted..];
-            let front = step.min(rest.len());
-            if front < rest.len() {
-                rest.select_nth_unstable_by(front - 1, Candidate::order);
-            }
-            rest[..front].sort_unstable_by(Candidate::order);
-            for candidate in &rest[..front] {
-                sum += candidate.weight;
-                sorted += 1;
-                if sum >= target {
-                    self.candidates.truncate(sorted);
-                    return;
-                }
-            }
-            step *= 4;
-        }
+    fn total(&self) -> f64 {
+        self.candidates.iter().map(|c| c.weight).sum()
     }
 
     fn draw(&mut self) -> u32 {
-        let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
-        let mut left = self.rng.unit() * total;
+        let mut left = self.rng.unit() * self.total();
         let mut id = 0;
-        for candidate in &self.candidates {
+        for candidate in self.candidates.iter().filter(|c| c.weight > 0.0) {
             id = candidate.id;
             left -= candidate.weight;
             if left < 0.0 {
@@ -227,6 +315,30 @@ impl Sampler {
     }
 }
 
+/// The `k` largest of a row's logits, and their total at a temperature.
+///
+/// # Errors
+/// A logit is NaN or positive infinity, or none is finite.
+pub(crate) fn top(logits: &[f32], k: usize, temperature: Option<f32>, found: &mut Top) -> Result<()> {
+    let max = f64::from(logits[argmax(logits)? as usize]);
+    let mut places = [0; Look::MOST];
+    let count = nibble_kernels::ops::top_k(Isa::best(), logits, &mut places[..k.min(Look::MOST)]);
+    found.tokens.clear();
+    found.tokens.extend(places[..count].iter().map(|&token| (token, logits[token as usize])));
+    found.total = 0.0;
+    if let Some(temperature) = temperature.map(f64::from) {
+        // Sums of their own, so that one addition doesn't wait for another.
+        let mut sums = [0.0; 8];
+        for eight in logits.chunks(8) {
+            for (sum, logit) in sums.iter_mut().zip(eight) {
+                *sum += exp((f64::from(*logit) - max) / temperature);
+            }
+        }
+        found.total = sums.iter().sum();
+    }
+    Ok(())
+}
+
 /// The token with the largest logit, the first of equals.
 ///
 /// # Errors
@@ -234,9 +346,7 @@ impl Sampler {
 pub fn argmax(logits: &[f32]) -> Result<u32> {
     let mut best = (f32::NEG_INFINITY, 0);
     for (&logit, id) in logits.iter().zip(0u32..) {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(ModelError::Logits { why: format!("{logit} at token {id}, wanted finite numbers") });
-        }
+        check(id, logit)?;
         if logit > best.0 {
             best = (logit, id);
         }
@@ -247,19 +357,40 @@ pub fn argmax(logits: &[f32]) -> Result<u32> {
     Ok(best.1)
 }
 
-/// `e^x` for `x <= 0`, to about one unit in the last place, by additions and multiplications alone; 0 below -700.
+fn check(token: u32, logit: f32) -> Result<()> {
+    if logit.is_nan() || logit == f32::INFINITY {
+        return Err(ModelError::Logits { why: format!("{logit} at token {token}, wanted finite numbers") });
+    }
+    Ok(())
+}
+
+/// `e^x` for `x <= 0`, to about one unit in the last place, by additions and multiplications alone; 0 below -700. Without a
+/// branch, so that a loop over many is done several at a time.
+#[inline(always)]
 fn exp(x: f64) -> f64 {
     // ln 2 in two parts: the first has enough trailing zeros for its product with a small integer to be exact.
     const LN2_HIGH: f64 = 6.931_471_803_691_238e-1;
     const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
-    if x.is_nan() || x < -700.0 {
-        return 0.0;
-    }
-    let power = (x * std::f64::consts::LOG2_E).round();
+    // Adding it rounds to an integer, which is then in the lowest bits.
+    const ROUNDER: f64 = (3u64 << 51) as f64;
+    const TERMS: [f64; 14] = {
+        let (mut terms, mut n) = ([1.0; 14], 1);
+        while n < 14 {
+            terms[n] = terms[n - 1] / n as f64;
+            n += 1;
+        }
+        terms
+    };
+    let shifted = x * std::f64::consts::LOG2_E + ROUNDER;
+    let power = shifted - ROUNDER;
     let rest = x - power * LN2_HIGH - power * LN2_LOW;
     // |rest| <= ln(2) / 2, where the Taylor series to the 13th power is exact to f64.
-    let sum = (1..=13).rev().fold(1.0, |sum, n| 1.0 + rest * sum / f64::from(n));
-    sum * f64::from_bits(((1023 + power as i64) as u64) << 52)
+    let mut sum = TERMS[13];
+    for n in (0..13).rev() {
+        sum = TERMS[n] + rest * sum;
+    }
+    let scale = f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52);
+    if x >= -700.0 { sum * scale } else { 0.0 }
 }
 
 #[cfg(test)]

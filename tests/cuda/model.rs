@@ -9,7 +9,7 @@ use nibble_models::cuda::CudaBackend;
 use nibble_models::decoder::{ContextPlan, Decoder};
 use nibble_models::synth::SynthPlan;
 use nibble_models::weights::Weights;
-use nibble_models::{ModelConfig, argmax};
+use nibble_models::{ModelConfig, SampleSettings, Sampler, argmax};
 use nibble_quant::convert::{self, Options, Silent};
 use nibble_quant::stats::Stats;
 use nibble_quant::{Recipe, format};
@@ -94,4 +94,38 @@ pub fn only_the_choice_comes_back_from_the_device<G: Gpu>(device: Device<G>) {
     let mut found = Vec::new();
     backend.argmax(&logits, 2, 300, &mut found).unwrap();
     assert_eq!(found, wanted);
+}
+
+pub fn tokens_are_drawn_as_from_the_hosts_copy_of_the_logits<G: Gpu>(device: Device<G>) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = checkpoint(folder.path(), &SynthPlan::tiny("llama"), Some("int4-g32"));
+    let source = format::open(&path).unwrap();
+    let config = ModelConfig::load(&path).unwrap();
+    let backend = CudaBackend::new(device(4)).unwrap();
+    let decoder = Decoder::load(&config, Weights::new(source.as_ref()), backend).unwrap();
+    let base = SampleSettings { temperature: 0.9, seed: 5, ..SampleSettings::default() };
+    let penalties = SampleSettings { repetition_penalty: 1.3, frequency_penalty: 0.2, ..base.clone() };
+    for settings in [
+        SampleSettings { temperature: 0.0, ..penalties.clone() },
+        SampleSettings { top_k: 20, top_p: 0.8, ..penalties },
+        // As likely as they are here, 256 tokens don't have so much of the probability: all are looked at in the end.
+        SampleSettings { top_p: 0.999, ..base.clone() },
+        SampleSettings { top_p: 0.5, min_p: 0.01, ..base.clone() },
+        base,
+    ] {
+        let plan = ContextPlan { capacity: 32, chunk: 9, kv: KvKind::F16, ..ContextPlan::default() };
+        let mut cx = decoder.context(plan).unwrap();
+        let vocabulary = config.vocab_size - 3;
+        let [mut here, mut there] = [(); 2].map(|()| Sampler::new(settings.clone(), vocabulary).unwrap());
+        PROMPT.iter().for_each(|token| [&mut here, &mut there].into_iter().for_each(|s| s.accept(*token)));
+        decoder.prefill(&mut cx, 0, &PROMPT).unwrap();
+        for _ in 0..TOKENS {
+            let last = cx.rows().end - 1;
+            let wanted = there.sample(&decoder.logits(&mut cx, &[last]).unwrap()[..vocabulary]).unwrap();
+            let token = decoder.choose(&mut cx, last, &mut here).unwrap();
+            assert_eq!(token, wanted, "{settings:?}");
+            [&mut here, &mut there].into_iter().for_each(|s| s.accept(token));
+            decoder.forward(&mut cx, &[(0, &[token])], None).unwrap();
+        }
+    }
 }

@@ -107,26 +107,6 @@ pub fn gates_sums_and_caps_are_their_formulas<G: Gpu>(device: Device<G>) {
     assert!(cuda.gate(Function::Exp, &mut rows_x, &up, rows).is_err(), "no gate");
 }
 
-pub fn choices_are_the_first_of_the_largest<G: Gpu>(device: Device<G>) {
-    let cuda = device(2);
-    let width = 1500;
-    let mut x = numbers(&mut random(4), 5 * width);
-    x[700] = 2.0;
-    x[1300] = 2.0;
-    x[width] = f32::NAN;
-    x[width + 1499] = f32::INFINITY;
-    x[2 * width..3 * width].fill(f32::NAN);
-    x[3 * width..4 * width].fill(f32::NEG_INFINITY);
-    x[4 * width..5 * width].fill(f32::NAN);
-    x[4 * width + 1400] = -3.0;
-    x[4 * width + 1499] = 5.0;
-    let rows = rows_of(&cuda, &x, width);
-    let mut choices = cuda.indices(5).unwrap();
-    let found = cuda.argmax(&rows, 5, width, &mut choices).unwrap();
-    assert_eq!(found, [Some(700), Some(1499), None, Some(0), Some(1499)]);
-    assert_eq!(cuda.argmax(&rows, 5, 1450, &mut choices).unwrap()[4], Some(1400), "only the first 1450");
-}
-
 pub fn selected_rows_are_copies<G: Gpu>(device: Device<G>) {
     let cuda = device(2);
     let x = numbers(&mut random(5), 4 * 300);

@@ -130,6 +130,7 @@ pub fn compare(op: Compare, ty: Type, a: &Lanes, b: &Lanes) -> Lanes {
             Compare::LeOrNan => matches!(order, None | Some(Less | Equal)),
             Compare::GtOrNan => matches!(order, None | Some(Greater)),
             Compare::GeOrNan => matches!(order, None | Some(Greater | Equal)),
+            Compare::Numbers => order.is_some(),
         };
         holds.into()
     })

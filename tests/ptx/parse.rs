@@ -158,6 +158,8 @@ pub enum Compare {
     LeOrNan,
     GtOrNan,
     GeOrNan,
+    /// Neither is NaN.
+    Numbers,
 }
 
 /// What an instruction does.

@@ -15,6 +15,7 @@ pub struct Ptx {
 pub static MODULES: &[Ptx] = &[
     Ptx { name: "attention", text: include_str!("../../cuda/ptx/attention.ptx") },
     Ptx { name: "attention_step", text: include_str!("../../cuda/ptx/attention_step.ptx") },
+    Ptx { name: "choice", text: include_str!("../../cuda/ptx/choice.ptx") },
     Ptx { name: "embed", text: include_str!("../../cuda/ptx/embed.ptx") },
     Ptx { name: "few_w4", text: include_str!("../../cuda/ptx/few_w4.ptx") },
     Ptx { name: "few_w4_table", text: include_str!("../../cuda/ptx/few_w4_table.ptx") },

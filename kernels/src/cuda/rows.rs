@@ -2,7 +2,7 @@
 
 use super::data::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Place, row_threads};
 use super::gpu::{DeviceMemory, Gpu, Launch};
-use super::{Cuda, SCRATCH, check_room, size};
+use super::{Cuda, check_room, size};
 use crate::KernelError;
 use crate::ops::math::Function;
 use bytemuck::{Pod, Zeroable, bytes_of, cast_slice, cast_slice_mut};
@@ -85,22 +85,6 @@ struct Select {
     width: u32,
     unused: u32,
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Argmax {
-    x: u64,
-    places: u64,
-    values: u64,
-    out: u64,
-    stride: u32,
-    width: u32,
-    part: u32,
-    parts: u32,
-}
-
-/// Numbers that a block looks at for the largest.
-const PART: usize = 1024;
 
 impl<G: Gpu> Cuda<G> {
     /// Room for up to `capacity` rows of `width` values.
@@ -433,55 +417,5 @@ impl<G: Gpu> Cuda<G> {
             unused: 0,
         };
         self.gpu.launch(&Launch::new("select_rows", [size(rows.len())?, 1, 1], 256, bytes_of(&select)))
-    }
-
-    /// Where each row's largest of its first `width` numbers is, the first of equals; none if all are NaN. Only the
-    /// choices come back from the device.
-    ///
-    /// # Errors
-    /// There are not so many rows or numbers, or no room for the choices.
-    pub fn argmax(
-        &self,
-        x: &DeviceRows<G::Memory>,
-        rows: usize,
-        width: usize,
-        choices: &mut DeviceIndices<G::Memory>,
-    ) -> Result<Vec<Option<u32>>, KernelError> {
-        check_room("rows", x.capacity, rows)?;
-        check_room("a row's numbers", x.width, width)?;
-        check_room("choices", choices.capacity, rows)?;
-        choices.known.clear();
-        // A part's largest number and its place first, then the largest of these, in the order of the parts.
-        let room = (SCRATCH / 8).checked_div(rows).unwrap_or(0);
-        let parts = width.div_ceil(PART).min(room).max(1);
-        let part = width.div_ceil(parts);
-        let parts = width.div_ceil(part.max(1)).max(1);
-        let (values, places) = (self.scratch.address(), self.scratch.address() + (SCRATCH / 2) as u64);
-        let mut argument = Argmax {
-            x: x.values.address(),
-            places: 0,
-            values: if parts > 1 { values } else { 0 },
-            out: if parts > 1 { places } else { choices.indices.address() },
-            stride: size(x.width)?,
-            width: size(width)?,
-            part: size(part)?,
-            parts: size(parts)?,
-        };
-        let launch = |argument: &Argmax| {
-            let grid = [argument.parts, size(rows)?, 1];
-            let threads = row_threads(argument.part as usize, 1024);
-            self.gpu.launch(&Launch::new("argmax", grid, threads, bytes_of(argument)))
-        };
-        launch(&argument)?;
-        if parts > 1 {
-            let count = argument.parts;
-            (argument.x, argument.places, argument.values) = (values, places, 0);
-            (argument.stride, argument.width, argument.part, argument.parts) = (count, count, count, 1);
-            argument.out = choices.indices.address();
-            launch(&argument)?;
-        }
-        let mut found = vec![0u32; rows];
-        self.gpu.read(&choices.indices, 0, cast_slice_mut(&mut found))?;
-        Ok(found.into_iter().map(|at| (at != u32::MAX).then_some(at)).collect())
     }
 }

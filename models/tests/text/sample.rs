@@ -1,4 +1,4 @@
-use nibble_models::{ModelError, SampleSettings, Sampler, argmax};
+use nibble_models::{Look, ModelError, SampleSettings, Sampler, argmax};
 use proptest::prelude::*;
 
 const NEVER: f32 = f32::NEG_INFINITY;
@@ -154,6 +154,30 @@ fn a_large_vocabulary_is_cut_like_a_small_one() {
         for _ in 0..20 {
             let token = sampler.sample(&logits).unwrap();
             assert!(wanted[token as usize] > 0.0, "top_p {top_p}: token {token}");
+        }
+    }
+}
+
+#[test]
+fn the_largest_logits_are_enough_to_draw_as_from_all() {
+    let logits: Vec<f32> = (0..3000u32).map(|i| (i.wrapping_mul(2_654_435_761) % 1000) as f32 / 90.0).collect();
+    let base = SampleSettings { temperature: 0.8, seed: 11, ..SampleSettings::default() };
+    for (settings, look) in [
+        (SampleSettings { temperature: 0.0, top_k: 9, ..base.clone() }, Look::Likeliest),
+        (SampleSettings { top_k: 1, ..base.clone() }, Look::Likeliest),
+        (SampleSettings { top_k: 40, top_p: 0.9, ..base.clone() }, Look::Top { k: 40, temperature: None }),
+        (SampleSettings { top_k: 2000, top_p: 0.9, ..base.clone() }, Look::All),
+        (SampleSettings { top_p: 0.3, ..base.clone() }, Look::Top { k: 256, temperature: Some(0.8) }),
+        // 256 of these don't weigh as much as that.
+        (SampleSettings { top_p: 0.99, min_p: 1e-4, ..base.clone() }, Look::Top { k: 256, temperature: Some(0.8) }),
+        (SampleSettings { min_p: 0.5, ..base.clone() }, Look::Top { k: 256, temperature: None }),
+        (base, Look::All),
+    ] {
+        let [mut few, mut all] = [(); 2].map(|()| Sampler::new(settings.clone(), logits.len()).unwrap());
+        assert_eq!(few.look(), look, "{settings:?}");
+        for _ in 0..300 {
+            let wanted = if look == Look::Likeliest { argmax(&logits) } else { all.choose_among_all(&logits) };
+            assert_eq!(few.sample(&logits).unwrap(), wanted.unwrap(), "{settings:?}");
         }
     }
 }

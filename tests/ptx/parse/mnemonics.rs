@@ -76,6 +76,7 @@ pub(super) fn operation(words: &[&str]) -> Result<(Op, usize), Refusal> {
                 "leu" => Compare::LeOrNan,
                 "gtu" => Compare::GtOrNan,
                 "geu" => Compare::GeOrNan,
+                "num" if last == "f32" => Compare::Numbers,
                 other => return Err(format!("comparison {other}")),
             };
             Ok((Op::Compare(compare, ty()?), 1))
