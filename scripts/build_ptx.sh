@@ -13,7 +13,7 @@ NVRTC="nvidia-cuda-nvrtc-cu12 12.1.105 339b385f50c309763ca65456ec75e17bbefcbbf28
 NVCC="nvidia-cuda-nvcc-cu12 12.9.86 5d6a0d32fdc7ea39917c20065614ae93add6f577d840233237ff08e9a38f58f0"
 ARCHITECTURES="80 86 89 90 100 120"
 # Registers of a thread, by the beginning of a kernel's name: what keeps enough blocks on a processor at a time.
-BUDGETS="few_f16=64 few_coded=64 few_any=128 gemv16=168 gemv32=208 gemv64=255 gemm64=255 attend=128 dense=64 embed=48 rms_norm=64"
+BUDGETS="attend_prompt64=168 attend_prompt128=255 few_f16=64 few_coded=64 few_any=128 gemv16=168 gemv32=208 gemv64=255 gemm64=255 attend=128 dense=64 embed=48 rms_norm=64"
 # Bytes that a thread may put aside, the same way: on some architectures, before the loops begin.
 SPILLS="few=88 attend_step=8 gemv=64 gemm64=72"
 MOST_REGISTERS=64 # of the others

@@ -1,6 +1,8 @@
 // Words for single instructions, so that the kernels include no header of any toolkit and read as what they do.
 // A half pair is a u32 whose low 16 bits are the first number. Everything here is for compute capability 8.0 and later.
 
+#pragma once
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -1,11 +1,15 @@
 //! Keys and values of sequences, and attention over them; `kernels/cuda/attention.cu` says how.
 
+mod prompt;
+
 use super::data::{DeviceRope, DeviceRows, DeviceTable, Place};
 use super::gpu::{DeviceMemory, Gpu, Launch};
 use super::{Cuda, SCRATCH, check_room, size};
 use crate::KernelError;
 use crate::ops::AttentionSpec;
 use bytemuck::{Pod, Zeroable, bytes_of};
+use prompt::PROMPT_ROWS;
+use std::ops::Range;
 
 /// Query heads of a block.
 const MOST_HEADS: usize = 8;
@@ -334,7 +338,8 @@ impl<G: Gpu> Cuda<G> {
         // Checks keys and values as well.
         self.append_argument(&at, k, v)?;
         let half = rope.map_or(Ok(0), |rope| rope.fits(shape.head_dim, at.table))?;
-        let Some(attend) = self.attend_argument(spec, &at, q, out, 1, STEP_LEAST_CHUNK)? else { return Ok(()) };
+        let rows = 0..at.table.places.len();
+        let Some(attend) = self.attend_argument(spec, &at, rows, q, out, (1, STEP_LEAST_CHUNK))? else { return Ok(()) };
         let stride = (row_bytes + 64).next_multiple_of(128) - 64;
         let argument = StepArgument {
             attend,
@@ -371,8 +376,36 @@ impl<G: Gpu> Cuda<G> {
         out: &mut DeviceRows<G::Memory>,
     ) -> Result<(), KernelError> {
         let shape = at.shape()?;
+        let fits = shape.kind == CacheKind::F16 && shape.head_dim.is_multiple_of(8) && shape.head_dim <= 128;
+        // Rows that aren't a prompt's, up to here.
+        let mut rest = 0..0;
+        for run in at.table.runs() {
+            if !fits || run.len() < PROMPT_ROWS {
+                rest.end = run.end;
+                continue;
+            }
+            self.attend_rows(spec, &at, rest, q, out)?;
+            rest = run.end..run.end;
+            self.attend_prompt(spec, &at, run, q, out)?;
+        }
+        self.attend_rows(spec, &at, rest, q, out)
+    }
+
+    /// [`Cuda::attend`] of any rows.
+    fn attend_rows(
+        &self,
+        spec: &AttentionSpec,
+        at: &CudaAttention<'_, G::Memory>,
+        rows: Range<usize>,
+        q: &DeviceRows<G::Memory>,
+        out: &mut DeviceRows<G::Memory>,
+    ) -> Result<(), KernelError> {
+        let shape = at.shape()?;
         let passes = spec.heads.checked_div(shape.kv_heads).unwrap_or(0).div_ceil(MOST_HEADS);
-        let Some(argument) = self.attend_argument(spec, &at, q, out, passes, LEAST_CHUNK)? else { return Ok(()) };
+        let count = rows.len();
+        let Some(argument) = self.attend_argument(spec, at, rows, q, out, (passes, LEAST_CHUNK))? else {
+            return Ok(());
+        };
         let kernel = match shape.kind {
             CacheKind::F32 => "attend_f32",
             CacheKind::F16 => "attend_f16",
@@ -382,44 +415,45 @@ impl<G: Gpu> Cuda<G> {
         let spread = (THREADS / (shape.head_dim / 2)).max(1);
         let area = (TILE * (shape.head_dim + 1)).max(spread * block_heads * shape.head_dim);
         let floats = block_heads * (shape.head_dim + TILE + 2) + area;
-        let grid = [argument.chunks, size(shape.kv_heads * passes)?, size(at.table.places.len())?];
+        let grid = [argument.chunks, size(shape.kv_heads * passes)?, size(count)?];
         let launch = Launch::new(kernel, grid, size(THREADS)?, bytes_of(&argument));
         self.gpu.launch(&launch.with_shared(size(floats * 4)?))?;
-        self.merge(&argument, at.table.places.len())
+        self.merge(&argument, count)
     }
 
-    /// What attention takes, with so many blocks for each key head and chunks of at least so many keys; nothing for no
-    /// rows.
+    /// What attention of some of the rows takes, with so many blocks for each key head and chunks of at least so many keys;
+    /// nothing for no rows.
     fn attend_argument(
         &self,
         spec: &AttentionSpec,
         at: &CudaAttention<'_, G::Memory>,
+        rows: Range<usize>,
         q: &DeviceRows<G::Memory>,
         out: &mut DeviceRows<G::Memory>,
-        passes: usize,
-        least_chunk: usize,
+        (passes, least_chunk): (usize, usize),
     ) -> Result<Option<AttendArgument>, KernelError> {
-        let (shape, rows) = (at.shape()?, at.table.places.len());
+        let (shape, all) = (at.shape()?, at.table.places.len());
         let group = spec.heads.checked_div(shape.kv_heads).unwrap_or(0);
         if group == 0 || group * shape.kv_heads != spec.heads {
             let why = format!("{} heads don't share {} key heads evenly", spec.heads, shape.kv_heads);
             return Err(KernelError::Cuda { why });
         }
-        q.check("queries", rows, spec.heads * shape.head_dim)?;
-        out.check("attention's output", rows, spec.heads * shape.head_dim)?;
+        q.check("queries", all, spec.heads * shape.head_dim)?;
+        out.check("attention's output", all, spec.heads * shape.head_dim)?;
         out.changes();
-        if rows == 0 {
+        if rows.is_empty() {
             return Ok(None);
         }
         // So many keys at a time that launches stay the same for many tokens: chunks that no row reaches end at once.
         let keys = (at.table.last_position() + 1).next_multiple_of(SAME_FOR);
-        let floats = rows * spec.heads * (shape.head_dim + 2);
-        let chunk = self.chunk(keys, least_chunk, rows * shape.kv_heads * passes, floats);
+        let floats = rows.len() * spec.heads * (shape.head_dim + 2);
+        let chunk = self.chunk(keys, least_chunk, rows.len() * shape.kv_heads * passes, floats);
+        let before = (rows.start * spec.heads * shape.head_dim * 4) as u64;
         Ok(Some(AttendArgument {
             layer: shape.layer(at.layer)?,
-            q: q.values.address(),
-            rows: at.table.memory.address(),
-            out: out.values.address(),
+            q: q.values.address() + before,
+            rows: at.table.memory.address() + (rows.start * size_of::<Place>()) as u64,
+            out: out.values.address() + before,
             partial: self.scratch.address(),
             heads: size(spec.heads)?,
             block_heads: size(group.div_ceil(passes))?,

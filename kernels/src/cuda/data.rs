@@ -5,6 +5,7 @@ use super::{check, check_room, size};
 use crate::KernelError;
 use bytemuck::{Pod, Zeroable};
 use std::cell::Cell;
+use std::ops::Range;
 
 /// Up to `capacity` rows of `width` floats, with room for their copy in half precision that products read.
 #[derive(Debug)]
@@ -136,6 +137,16 @@ impl<M> DeviceTable<M> {
     pub(super) fn is_one_row_each(&self) -> bool {
         let caches = |at: usize| self.places.iter().skip(at).map(|place| place.cache);
         self.places.len() <= ONE_EACH && caches(0).enumerate().all(|(at, cache)| caches(at + 1).all(|c| c != cache))
+    }
+
+    /// The rows in stretches, each one position after the other in one sequence.
+    pub(super) fn runs(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let mut next = 0;
+        let follows = |a: &Place, b: &Place| a.cache == b.cache && a.position.checked_add(1) == Some(b.position);
+        self.places.chunk_by(follows).map(move |run| {
+            next += run.len();
+            next - run.len()..next
+        })
     }
 
     pub(super) fn last_position(&self) -> usize {

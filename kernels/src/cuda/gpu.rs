@@ -14,6 +14,7 @@ pub struct Ptx {
 /// All of it.
 pub static MODULES: &[Ptx] = &[
     Ptx { name: "attention", text: include_str!("../../cuda/ptx/attention.ptx") },
+    Ptx { name: "attention_prompt", text: include_str!("../../cuda/ptx/attention_prompt.ptx") },
     Ptx { name: "attention_step", text: include_str!("../../cuda/ptx/attention_step.ptx") },
     Ptx { name: "choice", text: include_str!("../../cuda/ptx/choice.ptx") },
     Ptx { name: "embed", text: include_str!("../../cuda/ptx/embed.ptx") },
