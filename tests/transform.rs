@@ -13,6 +13,7 @@ use nibble_quant::format::{self, TensorInfo, TensorSource};
 use nibble_quant::stats::{Input, Stats};
 use nibble_quant::transform::{Arguments, Kind, TRANSFORMS, transform};
 use serde_json::json;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -58,8 +59,8 @@ impl TensorSource for Held<'_> {
         self.source.info(name)
     }
 
-    fn bytes(&self, name: &str) -> nibble_quant::Result<&[u8]> {
-        Ok(&self.bytes[name])
+    fn bytes(&self, name: &str) -> nibble_quant::Result<Cow<'_, [u8]>> {
+        Ok(Cow::Borrowed(&self.bytes[name]))
     }
 
     fn release(&self, _: &str) {}

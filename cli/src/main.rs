@@ -14,6 +14,7 @@ mod findings;
 mod gate;
 mod hub;
 mod limits;
+mod origin;
 mod output;
 mod planning;
 mod progress;

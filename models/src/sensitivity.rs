@@ -17,6 +17,7 @@ use nibble_quant::recipe::allocate::{Offer, allocate};
 use nibble_quant::stats::{Stats, Symmetric};
 use nibble_quant::{AlgoInput, QuantError, QuantSpec, Recipe, Role, Rule, algo, presets};
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
@@ -372,9 +373,9 @@ impl TensorSource for Overlay<'_> {
         found.ok_or_else(|| QuantError::NoTensor { name: name.to_owned(), path: self.path().to_owned() })
     }
 
-    fn bytes(&self, name: &str) -> nibble_quant::Result<&[u8]> {
+    fn bytes(&self, name: &str) -> nibble_quant::Result<Cow<'_, [u8]>> {
         match self.replaced.get(name) {
-            Some(bytes) => Ok(bytes),
+            Some(bytes) => Ok(Cow::Borrowed(bytes)),
             None => self.source.bytes(name),
         }
     }

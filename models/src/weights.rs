@@ -30,9 +30,9 @@ impl<'a> Weights<'a> {
             return Ok(Matrix::Quantized(rows));
         }
         let (dtype, bytes) = match &info.stored {
-            Stored::Plain(Dtype::F32) => (FloatFormat::F32, Cow::Borrowed(self.source.bytes(name)?)),
-            Stored::Plain(Dtype::F16) => (FloatFormat::F16, Cow::Borrowed(self.source.bytes(name)?)),
-            Stored::Plain(Dtype::BF16) => (FloatFormat::Bf16, Cow::Borrowed(self.source.bytes(name)?)),
+            Stored::Plain(Dtype::F32) => (FloatFormat::F32, self.source.bytes(name)?),
+            Stored::Plain(Dtype::F16) => (FloatFormat::F16, self.source.bytes(name)?),
+            Stored::Plain(Dtype::BF16) => (FloatFormat::Bf16, self.source.bytes(name)?),
             stored => {
                 let mut values = Vec::new();
                 self.source.read_f32(name, &mut values)?;

@@ -1,6 +1,8 @@
 //! The plan for a model: ordered rules from tensor names to schemes, the first that matches decides.
 //!
 //! ```toml
+//! rotate = "hadamard"
+//!
 //! [[rule]]
 //! role = "embedding"
 //! scheme = "int8-g32"
@@ -23,6 +25,7 @@ pub mod allocate;
 pub mod glob;
 
 use crate::error::Result;
+use crate::transform::{Kind, Transform, transform};
 use crate::{FloatFormat, QuantError, QuantScheme, Role, algo, presets};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -31,6 +34,9 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
+    /// How the residual stream is turned before anything is quantized: a rotation of [`crate::transform::TRANSFORMS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotate: Option<String>,
     /// The first rule that matches a tensor decides; what no rule matches stays as it is.
     #[serde(rename = "rule", default)]
     pub rules: Vec<Rule>,
@@ -140,7 +146,7 @@ impl Recipe {
             to(Role::LmHead, presets::DEFAULT_EMBEDDING, "its errors go straight to the logits"),
             to(Role::Linear, scheme, "linear layers hold most of the bytes"),
         ];
-        Ok(Recipe { rules, schemes: BTreeMap::new() })
+        Ok(Recipe { rules, ..Recipe::default() })
     }
 
     /// [`Recipe::new`] behind rules from flags, each `PATTERN=SCHEME`, `PATTERN=SCHEME:ALGORITHM` or
@@ -169,10 +175,27 @@ impl Recipe {
     /// Refuses unknown names, specs that contradict themselves, and rules that say both or neither of `scheme` and
     /// `keep`.
     pub fn validate(&self) -> Result<()> {
+        self.rotation()?;
         for scheme in self.schemes.values() {
             scheme.weight.validate()?;
         }
         self.rules.iter().enumerate().try_for_each(|(i, rule)| self.action(i, rule).map(|_| ()))
+    }
+
+    /// The rotation that it asks for.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn rotation(&self) -> Result<Option<&'static Transform>> {
+        let Some(name) = &self.rotate else { return Ok(None) };
+        let row = transform(name)?;
+        match row.kind {
+            Kind::Rotation(_) => Ok(Some(row)),
+            Kind::Factors(_) => Err(QuantError::Spec {
+                what: format!("rotate = `{name}`"),
+                why: "it scales columns by statistics; `nibble transform` does that".into(),
+            }),
+        }
     }
 
     /// What becomes of one tensor.

@@ -17,13 +17,16 @@ pub use factors::{Factored, Site};
 pub use rotation::Rotation;
 
 use crate::error::Result;
-use crate::format::{Dtype, Stored, TensorInfo, TensorSource, damaged, tensor_error};
+use crate::format::source::encode_f32;
+use crate::format::{Dtype, Stored, TensorInfo, TensorSource, tensor_error};
 use crate::stats::Stats;
 use crate::{QuantError, names};
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A rewrite with a name.
 #[derive(Debug, Clone, Copy)]
@@ -131,8 +134,11 @@ fn find<'s>(source: &'s dyn TensorSource, name: &str) -> Result<&'s TensorInfo> 
     found.ok_or_else(|| QuantError::NoTensor { name: name.to_owned(), path: source.path().to_owned() })
 }
 
-fn in_no_piece(source: &dyn TensorSource, name: &str) -> QuantError {
-    damaged(source.path(), format!("`{name}` is made as it is read, and nowhere in one piece"))
+/// The bytes of a tensor that is made as it is read.
+fn made<'s>(source: &'s dyn TensorSource, name: &str) -> Result<Cow<'s, [u8]>> {
+    let mut values = Vec::new();
+    source.read_f32(name, &mut values)?;
+    Ok(Cow::Owned(encode_f32(name, &values, Dtype::F32)?))
 }
 
 /// How a tensor meets the residual stream.
@@ -186,6 +192,9 @@ struct Part {
     place: Place,
 }
 
+/// A tensor that was turned as a whole, and its name.
+type Turned = (String, Arc<Vec<f32>>);
+
 /// A checkpoint with its residual stream turned, in f32.
 pub struct Transformed<'a> {
     source: &'a dyn TensorSource,
@@ -193,6 +202,8 @@ pub struct Transformed<'a> {
     parts: HashMap<String, Part>,
     gains: HashMap<String, Vec<f32>>,
     rotation: Rotation,
+    /// The last one: whoever reads some rows of it mostly reads the others next.
+    turned: Mutex<Option<Turned>>,
 }
 
 impl<'a> Transformed<'a> {
@@ -209,6 +220,7 @@ impl<'a> Transformed<'a> {
             parts: HashMap::new(),
             gains: HashMap::new(),
             rotation: rotation(width, seed),
+            turned: Mutex::new(None),
         };
         for info in source.infos() {
             made.add(info, &info.name, width)?;
@@ -264,21 +276,29 @@ impl<'a> Transformed<'a> {
         Ok(())
     }
 
-    /// `rows` of Q^T W: each column of W is a vector of the stream.
-    fn turn_columns(&self, part: &Part, info: &TensorInfo, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
+    /// Q^T W: each column of W is a vector of the stream.
+    fn turn_columns(&self, part: &Part, info: &TensorInfo) -> Result<Arc<Vec<f32>>> {
+        let turned = || self.turned.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, values)) = turned().as_ref().filter(|(name, _)| *name == info.name) {
+            return Ok(Arc::clone(values));
+        }
+        // Not under the lock, which threads that help with this one may want.
         let mut values = Vec::new();
         self.source.read_f32(&part.from, &mut values)?;
         let cols = if info.shape.len() == 1 { 1 } else { info.rows_cols().1 };
-        let turned: Vec<Vec<f64>> = (0..cols)
+        let columns: Vec<Vec<f32>> = (0..cols)
             .into_par_iter()
             .map(|col| {
                 let column: Vec<f64> = values.iter().skip(col).step_by(cols).map(|v| *v as f64).collect();
-                self.rotation.turn(&column, rows.clone())
+                self.rotation.turn(&column, 0..column.len()).into_iter().map(|v| v as f32).collect()
             })
             .collect();
-        out.clear();
-        out.extend((0..rows.len()).flat_map(|row| turned.iter().map(move |column| column[row] as f32)));
-        Ok(())
+        values.par_chunks_mut(cols.max(1)).enumerate().for_each(|(row, values)| {
+            values.iter_mut().zip(&columns).for_each(|(value, column)| *value = column[row]);
+        });
+        let values = Arc::new(values);
+        *turned() = Some((info.name.clone(), Arc::clone(&values)));
+        Ok(values)
     }
 }
 
@@ -295,8 +315,8 @@ impl TensorSource for Transformed<'_> {
         find(self, name)
     }
 
-    fn bytes(&self, name: &str) -> Result<&[u8]> {
-        Err(in_no_piece(self, name))
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        made(self, name)
     }
 
     fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
@@ -311,8 +331,13 @@ impl TensorSource for Transformed<'_> {
             }
             Place::Writes => {
                 // A vector is one row; all of it is one vector of the stream.
-                let rows = if info.shape.len() == 1 { 0..info.elements() } else { rows };
-                return self.turn_columns(part, info, rows, out);
+                let (count, cols) = info.rows_cols();
+                if rows.start > rows.end || rows.end > count {
+                    return Err(tensor_error(name, format!("rows {rows:?} of {count}")));
+                }
+                out.clear();
+                out.extend_from_slice(&self.turn_columns(part, info)?[rows.start * cols..rows.end * cols]);
+                return Ok(());
             }
             Place::Embedding => None,
             Place::Reads(norm) => self.gains.get(norm),
@@ -331,6 +356,7 @@ impl TensorSource for Transformed<'_> {
     fn release(&self, name: &str) {
         if let Some(part) = self.parts.get(name) {
             self.source.release(&part.from);
+            self.turned.lock().unwrap_or_else(PoisonError::into_inner).take_if(|(turned, _)| turned == name);
         }
     }
 }

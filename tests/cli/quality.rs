@@ -143,3 +143,43 @@ fn layers_learn_levels_of_their_own_and_the_recipe_keeps_them() {
     place.run(&["quantize", "float", "-o", "blind", "--save-recipe", "blind.toml"]).ok();
     assert!(!std::fs::read_to_string(place.path("blind.toml")).unwrap().contains("int8 = ["));
 }
+
+#[test]
+fn a_conversion_that_turns_is_a_transform_and_a_conversion() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "72", "--heads", "9", "--kv-heads", "3"]);
+    std::fs::write(place.path("text"), text(1300)).unwrap();
+    place.run(&["transform", "float", "-o", "turned", "--rotate", "hadamard", "--seed", "5"]).ok();
+    let calibrated = ["--calib", "text", "--effort", "max"];
+    let by_blocks = ["--calib", "text", "--sequential"];
+    let by_gradients = ["--calib", "text", "--gradients", "--target-bpw", "4.9"];
+    let ways: [&[&str]; 4] = [&["--algorithm", "rtn"], &calibrated, &by_blocks, &by_gradients];
+    for (at, words) in ways.into_iter().enumerate() {
+        let quantize = |source: &str, out: &str, more: &[&str]| {
+            let quantize = ["quantize", source, "-o", out, "--no-eval", "--save-recipe", "recipe.toml", "--seed", "5"];
+            place.run(&[&quantize[..], words, more].concat()).ok();
+        };
+        let [twice, once] = [format!("twice-{at}"), format!("once-{at}")];
+        quantize("turned", &twice, &[]);
+        quantize("float", &once, &["--rotate", "hadamard"]);
+        assert_eq!(place.run(&["diff", &twice, &once, "--json"]).json()["identical"], true, "{words:?}");
+        let config = std::fs::read_to_string(place.path(&once).join("config.json")).unwrap();
+        assert!(config.contains("\"tie_word_embeddings\": false"), "{config}");
+        place.run(&["verify", &once]).ok();
+        let recipe = std::fs::read_to_string(place.path("recipe.toml")).unwrap();
+        assert!(recipe.contains("rotate = \"hadamard\""), "{recipe}");
+    }
+    // The recipe turns as the flag does.
+    let recipe = "rotate = \"hadamard\"\n[[rule]]\nrole = \"linear\"\nscheme = \"int8-g32-dq\"\n";
+    std::fs::write(place.path("own.toml"), recipe).unwrap();
+    let own = ["quantize", "float", "-o", "own", "--recipe", "own.toml", "--seed", "5", "--eval", "text", "--json"];
+    let kl = place.run(&own).json()["trial"]["eval"]["kl"]["mean"].as_f64().unwrap();
+    assert!(kl < 1e-3, "its function is the source's: {kl}");
+    std::fs::write(place.path("scales.toml"), recipe.replace("hadamard", "awq")).unwrap();
+    let refused = place.run(&["quantize", "float", "-o", "none", "--recipe", "scales.toml"]);
+    assert!(refused.error(2).contains("`nibble transform` does that"), "{}", refused.stderr);
+    place.run(&["calibrate", "float", "--calib", "text", "-o", "stats"]).ok();
+    let refused = place.run(&["quantize", "float", "-o", "none", "--rotate", "hadamard", "--stats", "stats"]);
+    assert!(refused.error(1).contains("--calib FILE observes the turned one"), "{}", refused.stderr);
+    assert!(!place.path("none").exists());
+}

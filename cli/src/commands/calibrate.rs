@@ -3,18 +3,22 @@
 use super::Run;
 use crate::arguments::Threads;
 use crate::failure::Stopped;
+use crate::origin::{Origin, open};
 use crate::output;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
 use anyhow::{Context as _, Result, bail};
-use nibble_kernels::ActKind;
+use nibble_kernels::{ActKind, Pool};
+use nibble_models::Tokenizer;
 use nibble_models::calibrate::{Calibration, CalibrationPlan, calibrate};
+use nibble_models::cpu::CpuBackend;
+use nibble_models::decoder::Decoder;
 use nibble_models::eval::beginning;
 use nibble_models::gradient::calibrate_gradients;
-use nibble_models::{Model, ModelOptions, Tokenizer};
-use nibble_quant::format;
+use nibble_models::weights::Weights;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Run a model over a text and keep statistics of what its linear layers read, for `quantize --stats`
@@ -65,7 +69,8 @@ impl Run for Calibrate {
         if self.output.extension().is_some_and(|e| e == "gguf") {
             words.gram_memory = 0;
         }
-        let calibration = words.run(session, &path, text, self.threads)?;
+        let (source, _) = open(session, &path)?;
+        let calibration = words.run(session, &Origin::new(&path, &*source), text, self.threads)?;
         calibration.stats.write(&self.output)?;
         let seconds = start.elapsed().as_secs_f64();
         if session.json {
@@ -92,14 +97,12 @@ impl CalibrationWords {
         })
     }
 
-    /// Runs the model of a folder over a text.
-    pub fn run(&self, session: &Session, path: &Path, text: &Path, threads: Threads) -> Result<Calibration> {
+    /// Runs a model over a text.
+    pub fn run(&self, session: &Session, origin: &Origin<'_>, text: &Path, threads: Threads) -> Result<Calibration> {
         let content = open_text(text)?;
-        let options = ModelOptions { threads: threads.threads.map(Into::into), activations: ActKind::F32 };
-        let model = Model::load(path, &options)?;
-        let tokenizer = model.tokenizer()?;
+        let (config, tokenizer) = (origin.config()?, origin.tokenizer()?);
         let tokens = tokenizer.encode(&content, false)?;
-        let plan = self.plan(text, &tokenizer, model.decoder().config().max_positions)?;
+        let plan = self.plan(text, &tokenizer, config.max_positions)?;
         let meter = Meter::new(session, "calibrate", "chunks");
         let mut stopped = false;
         let progress = |done: usize, of: usize| {
@@ -111,12 +114,12 @@ impl CalibrationWords {
             !stopped
         };
         let calibration = match self.gradients {
-            false => calibrate(model.decoder(), &tokens, &plan, progress),
-            true => {
-                let config = model.decoder().config().clone();
-                drop(model);
-                calibrate_gradients(&*format::open(path)?, &config, &tokens, &plan, progress)
+            false => {
+                let backend = CpuBackend::new(Arc::new(Pool::new(threads.count())), ActKind::F32);
+                let decoder = Decoder::load(&config, Weights::new(origin.source()), backend)?;
+                calibrate(&decoder, &tokens, &plan, progress)
             }
+            true => calibrate_gradients(origin.source(), &config, &tokens, &plan, progress),
         };
         drop(meter);
         if stopped {

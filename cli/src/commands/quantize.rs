@@ -7,23 +7,24 @@ use super::Run;
 use super::calibrate::{CalibrationWords, in_words, open_text};
 use crate::arguments::Threads;
 use crate::classes::{bits_per_weight, class, group, is_linear};
-use crate::gate::{self, Gate, GateWords, sidecars, tokenizer};
+use crate::gate::{self, Gate, GateWords};
+use crate::origin::{Origin, open};
 use crate::output::{self, Table};
 use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser};
+use nibble_models::ModelError;
 use nibble_models::eval::{EvalPlan, beginning};
 use nibble_models::sensitivity::{AllocationPlan, Target, allocate_bits};
 use nibble_models::trial::{TEXT, TrialReport};
-use nibble_models::{ModelConfig, ModelError, gguf_sidecars};
 use nibble_quant::convert::{self, Judge, Options, Plan, Report};
-use nibble_quant::format::gguf::GgufCheckpoint;
-use nibble_quant::format::{self, OutputOptions, Stored, TensorSource};
+use nibble_quant::format::OutputOptions;
 use nibble_quant::manifest::TensorRecord;
 use nibble_quant::stats::Stats;
+use nibble_quant::transform::{Arguments, Kind, TRANSFORMS};
 use nibble_quant::{ALGORITHMS, QuantError, Recipe, Role, presets};
 use sequential::SequentialWords;
 use serde::Serialize;
@@ -74,6 +75,10 @@ pub struct Quantize {
     /// scheme has a table of them
     #[arg(long)]
     fixed_levels: bool,
+    /// Turn the residual stream before anything is quantized, so that large values are spread over all columns; the output
+    /// head gets weights of its own
+    #[arg(long, value_name = "HOW", conflicts_with = "recipe", value_parser = rotations())]
+    rotate: Option<String>,
     /// Write the rules that were carried out to a TOML file, for --recipe
     #[arg(long, value_name = "FILE")]
     save_recipe: Option<PathBuf>,
@@ -101,6 +106,12 @@ pub struct Quantize {
 /// The table of algorithms as words to type.
 fn algorithms() -> PossibleValuesParser {
     PossibleValuesParser::new(ALGORITHMS.iter().map(|a| PossibleValue::new(a.name).help(a.summary)))
+}
+
+/// The table of rotations as words to type.
+fn rotations() -> PossibleValuesParser {
+    let rotations = TRANSFORMS.iter().filter(|row| matches!(row.kind, Kind::Rotation(_)));
+    PossibleValuesParser::new(rotations.map(|row| PossibleValue::new(row.name).help(row.summary)))
 }
 
 /// How much work to put into codes.
@@ -141,40 +152,54 @@ impl Run for Quantize {
         self.report.iter().try_for_each(|file| output::may_write(file, self.force))?;
         let mut recipe = self.wishes.recipe()?;
         let path = crate::hub::checkpoint(session, &self.source)?;
-        let (source, extra) = open(session, &path)?;
+        if self.rotate.is_some() {
+            recipe.rotate.clone_from(&self.rotate);
+        }
+        if recipe.rotate.is_some() && self.stats.is_some() {
+            bail!("statistics are of the model as it is, not as it is turned: --calib FILE observes the turned one");
+        }
+        let (opened, mut extra) = open(session, &path)?;
+        let arguments = Arguments { seed: self.seed, stats: None };
+        let turned = recipe.rotation()?.map(|row| row.apply(&*opened, &arguments)).transpose()?;
+        let origin = match &turned {
+            Some(turned) => Origin::turned(&path, &**turned)?,
+            None => Origin::new(&path, &*opened),
+        };
+        let source = origin.source();
+        origin.add_config(&mut extra);
         let calibrated = self.calibration.calib.is_some() || self.stats.is_some();
         self.effort.apply(&mut recipe, calibrated, self.algorithm.as_deref());
         let gate = match self.dry_run {
             true => None,
             false => self.gate.gate(session, &path, calibrated, self.force, self.threads.count())?,
         };
-        let by_blocks = self.by_blocks(&*source, &recipe)?;
+        let by_blocks = self.by_blocks(source, &recipe)?;
         let stats = match (&self.calibration.calib, &self.stats) {
             (_, Some(file)) => Stats::read(file)?,
             // Each block is observed when its turn comes; only an allocation has to know all of them before.
             (Some(_), None) if by_blocks && self.target().is_none() => Stats::default(),
             (Some(text), None) => {
-                let calibration = self.calibration.run(session, &path, text, self.threads)?;
+                let calibration = self.calibration.run(session, &origin, text, self.threads)?;
                 output::remark(&format!("calibrated: {}", in_words(&calibration)));
                 calibration.stats
             }
             (None, None) => Stats::default(),
         };
         if let Some(target) = self.target() {
-            recipe = self.allocate(session, &path, &*source, &recipe, &stats, target)?;
+            recipe = self.allocate(session, &origin, &recipe, &stats, target)?;
         }
         let mut blocks = None;
         if by_blocks && !self.dry_run {
-            let made = self.quantize_blocks(session, &path, &*source, &recipe)?;
-            recipe = made.recipe(&*source, &recipe)?;
+            let made = self.quantize_blocks(session, &origin, &recipe)?;
+            recipe = made.recipe(source, &recipe)?;
             blocks = Some(Arc::new(made));
         } else if calibrated && self.learns_levels() {
-            recipe = convert::with_learned_levels(&*source, &recipe, &stats, session.stop())?;
+            recipe = convert::with_learned_levels(source, &recipe, &stats, session.stop())?;
         }
         if let Some(file) = &self.save_recipe {
             std::fs::write(file, recipe.to_toml()?).with_context(|| format!("can't write {}", file.display()))?;
         }
-        let plan = convert::plan_after(&*source, &recipe, &stats, blocks.as_ref(), self.seed)?;
+        let plan = convert::plan_after(source, &recipe, &stats, blocks.as_ref(), self.seed)?;
         if self.dry_run {
             say_fallbacks(&convert::fallbacks(&plan, &stats));
             return print_plan(session, &plan);
@@ -189,7 +214,7 @@ impl Run for Quantize {
             ..Options::default()
         };
         let meter = Meter::new(session, "quantize", "tensors");
-        let report = convert::quantize(&plan, &*source, &recipe.to_toml()?, &self.output, &options, &meter);
+        let report = convert::quantize(&plan, source, &recipe.to_toml()?, &self.output, &options, &meter);
         drop(meter);
         // After anything else another run may go on from the blocks.
         if matches!(report, Ok(_) | Err(QuantError::Rejected { .. })) {
@@ -222,20 +247,18 @@ impl Quantize {
     fn allocate(
         &self,
         session: &Session,
-        path: &Path,
-        source: &dyn TensorSource,
+        origin: &Origin<'_>,
         recipe: &Recipe,
         stats: &Stats,
         target: Target,
     ) -> Result<Recipe> {
-        let tokenizer = tokenizer(path)?;
+        let tokenizer = origin.tokenizer()?;
         let tokens = tokenizer.encode(TEXT, false)?;
         let eval = EvalPlan { n_ctx: 256, chunks: Some(4), bos: beginning(&tokenizer)? };
         let plan = AllocationPlan { target, tokens: &tokens, eval, threads: self.threads.count() };
-        let json = sidecars(path)?.json("config.json")?.context("there is no config.json")?;
-        let config = ModelConfig::from_json(&path.join("config.json"), &json)?;
+        let config = origin.config()?;
         let meter = Meter::new(session, "measure", "classes of layers");
-        let allocation = allocate_bits(source, &config, recipe, stats, &plan, |done, of| {
+        let allocation = allocate_bits(origin.source(), &config, recipe, stats, &plan, |done, of| {
             if done == 1 {
                 meter.begin(of as u64, 0);
             }
@@ -270,22 +293,6 @@ fn say_fallbacks(fallbacks: &[(String, &'static str)]) {
         let count = members.len();
         output::remark(&format!("no GPTQ for {count} tensors, searched instead: {why}: {}{more}", names.join(", ")));
     }
-}
-
-/// A checkpoint's tensors, and the files that have to be made for it: a GGUF's configuration and tokenizer.
-#[expect(clippy::type_complexity, reason = "a pair that is taken apart at once")]
-fn open(session: &Session, path: &Path) -> Result<(Box<dyn TensorSource>, Vec<(PathBuf, Vec<u8>)>)> {
-    if format::detect(path)?.name != "gguf" {
-        return Ok((format::open(path)?, Vec::new()));
-    }
-    let source = GgufCheckpoint::open(path)?;
-    if let Some(info) = source.infos().iter().find(|info| matches!(info.stored, Stored::Blocks(b) if b.plain.is_none()))
-    {
-        let (name, stored) = (&info.name, info.stored.name());
-        session.remark(format!("{}: `{name}` is {stored} already; quantizing again adds to its error", path.display()));
-    }
-    let extra = gguf_sidecars(&source, "float32")?.into_files();
-    Ok((Box::new(source), extra))
 }
 
 /// Sums of bytes and weights.

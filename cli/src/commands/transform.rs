@@ -2,12 +2,13 @@
 
 use super::Run;
 use crate::arguments::Threads;
+use crate::origin::rewritten;
 use crate::output;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::builder::PossibleValuesParser;
-use nibble_models::{ModelConfig, Sidecars, gguf_sidecars};
+use nibble_models::{Sidecars, gguf_sidecars};
 use nibble_quant::convert::{self, Options};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, Dtype, OutputOptions, TensorSource};
@@ -72,7 +73,7 @@ impl Run for Transform {
         };
         let row = transform(&self.rotate)?;
         for (name, bytes) in extra.iter_mut().filter(|(name, _)| name.as_os_str() == "config.json") {
-            *bytes = in_floats(name, bytes, matches!(row.kind, Kind::Rotation(_)))?;
+            *bytes = rewritten(name, bytes, matches!(row.kind, Kind::Rotation(_)), Some("float32"))?;
         }
         let stats = self.stats.as_deref().map(Stats::read).transpose()?;
         let arguments = Arguments { seed: self.seed, stats: stats.as_ref() };
@@ -102,21 +103,4 @@ impl Run for Transform {
             duration(report.seconds)
         ))
     }
-}
-
-/// config.json of the same model with weights in f32, and with an output head of its own if it gets one.
-fn in_floats(file: &std::path::Path, bytes: &[u8], own_head: bool) -> Result<Vec<u8>> {
-    let mut json: serde_json::Value = serde_json::from_slice(bytes)?;
-    if ModelConfig::from_json(file, &json)?.norm_add_one {
-        bail!("its norms multiply by 1 + gain; what becomes of such gains isn't known here");
-    }
-    if own_head {
-        json["tie_word_embeddings"] = json!(false);
-    }
-    for name in ["torch_dtype", "dtype"] {
-        if json.get(name).is_some() {
-            json[name] = json!("float32");
-        }
-    }
-    Ok(format!("{json:#}\n").into_bytes())
 }

@@ -300,7 +300,8 @@ impl Engine<'_> {
         let name = &item.info.name;
         let (_, cols) = item.info.rows_cols();
         if let Work::Copy = item.work {
-            let bytes = &self.source.bytes(name)?[rows.clone()];
+            let bytes = self.source.bytes(name)?;
+            let bytes = &bytes[rows.clone()];
             refuse_non_finite_bytes(&item.info, bytes, rows.start)?;
             return Ok((Sums::default(), vec![bytes.to_vec()]));
         }

@@ -195,7 +195,8 @@ fn kept(info: &TensorInfo) -> Result<Item> {
     Ok(Item {
         info: info.clone(),
         name: info.name.clone(),
-        work: Work::Copy,
+        // Single precision by rows: where a tensor is made as it is read, each of its blocks would make all of it.
+        work: if dtype == Dtype::F32 { Work::Floats(dtype) } else { Work::Copy },
         bundle: Bundle { slots: vec![slot], ..Bundle::default() },
         stored: info.stored.name(),
     })

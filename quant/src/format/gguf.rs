@@ -23,6 +23,7 @@ use super::source::{Stored, TensorInfo, TensorSource};
 use super::{MappedFile, damaged};
 use crate::QuantError;
 use crate::error::Result;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
@@ -66,6 +67,14 @@ impl GgufSource {
     }
 }
 
+impl GgufSource {
+    /// A tensor's bytes in the mapped file.
+    pub(crate) fn mapped(&self, name: &str) -> Result<&[u8]> {
+        let range = self.ranges[self.find(name)?].clone();
+        Ok(&self.file.bytes()?[range])
+    }
+}
+
 impl TensorSource for GgufSource {
     fn path(&self) -> &Path {
         self.file.path()
@@ -79,9 +88,8 @@ impl TensorSource for GgufSource {
         Ok(&self.infos[self.find(name)?])
     }
 
-    fn bytes(&self, name: &str) -> Result<&[u8]> {
-        let range = self.ranges[self.find(name)?].clone();
-        Ok(&self.file.bytes()?[range])
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        self.mapped(name).map(Cow::Borrowed)
     }
 
     fn release(&self, name: &str) {

@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::{QTensor, QuantSpec, ScaleFormat};
 use parts::decode;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
@@ -142,7 +143,7 @@ impl NativeSource {
     fn rows(&self, name: &str, entry: &Entry, rows: Range<usize>) -> Result<QTensor> {
         let shape = entry.folded(name)?;
         decode(name, &entry.spec, shape, rows, entry.reordered, &mut |suffix| {
-            self.files.bytes(&format!("{name}.{suffix}"))
+            self.files.mapped(&format!("{name}.{suffix}"))
         })
     }
 }
@@ -208,7 +209,7 @@ impl TensorSource for NativeSource {
         self.by_name.get(name).map(|&at| &self.infos[at]).ok_or_else(missing)
     }
 
-    fn bytes(&self, name: &str) -> Result<&[u8]> {
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         match self.entries.get(name) {
             Some(_) => Err(tensor_error(name, "is stored in parts, wanted one piece")),
             None => {
@@ -220,7 +221,7 @@ impl TensorSource for NativeSource {
 
     fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
         let Some(entry) = self.entries.get(name) else {
-            return super::source::decode_rows(self.info(name)?, self.bytes(name)?, rows, out);
+            return super::source::decode_rows(self.info(name)?, &self.bytes(name)?, rows, out);
         };
         let [n, k] = entry.folded(name)?;
         if rows.start > rows.end || rows.end > n {

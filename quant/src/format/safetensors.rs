@@ -14,6 +14,7 @@ use crate::error::Result;
 use safetensors::SafeTensors;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
@@ -163,6 +164,14 @@ impl SafetensorsSource {
     }
 }
 
+impl SafetensorsSource {
+    /// A tensor's bytes in the mapped file.
+    pub(crate) fn mapped(&self, name: &str) -> Result<&[u8]> {
+        let place = &self.places[self.find(name)?];
+        Ok(&self.shards[place.shard].bytes()?[place.range.clone()])
+    }
+}
+
 impl TensorSource for SafetensorsSource {
     fn path(&self) -> &Path {
         &self.path
@@ -176,9 +185,8 @@ impl TensorSource for SafetensorsSource {
         Ok(&self.infos[self.find(name)?])
     }
 
-    fn bytes(&self, name: &str) -> Result<&[u8]> {
-        let place = &self.places[self.find(name)?];
-        Ok(&self.shards[place.shard].bytes()?[place.range.clone()])
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        self.mapped(name).map(Cow::Borrowed)
     }
 
     fn release(&self, name: &str) {

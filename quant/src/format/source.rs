@@ -9,6 +9,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use nibble_kernels::PANEL;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 
@@ -91,11 +92,12 @@ pub trait TensorSource: Send + Sync {
     /// [`QuantError::NoTensor`](crate::QuantError::NoTensor) if there is none of that name.
     fn info(&self, name: &str) -> Result<&TensorInfo>;
 
-    /// The bytes of a tensor that is stored in one piece (all but quantized ones), borrowed from the mapped file.
+    /// The bytes of a tensor that has one piece (all but quantized ones): borrowed from the mapped file, or made where the
+    /// tensor is made as it is read.
     ///
     /// # Errors
     /// If there is no such tensor, it has several parts, or the file has changed.
-    fn bytes(&self, name: &str) -> Result<&[u8]>;
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>>;
 
     /// Replaces `out` by rows `rows` of [`TensorInfo::rows_cols`], in f32, converted in parallel.
     ///
@@ -103,7 +105,7 @@ pub trait TensorSource: Send + Sync {
     /// As for [`TensorSource::bytes`]; if the rows aren't there or the type has no plain meaning as a number.
     fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
         let info = self.info(name)?;
-        decode_rows(info, self.bytes(name)?, rows, out)
+        decode_rows(info, &self.bytes(name)?, rows, out)
     }
 
     /// The tensor in its own arithmetic, if it is stored in one that [`QTensor`] expresses.

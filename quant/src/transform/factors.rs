@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::format::{Dtype, Stored, TensorInfo, TensorSource, damaged, tensor_error};
 use crate::presets;
 use crate::stats::{Input, Stats};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
@@ -212,8 +213,8 @@ impl TensorSource for Factored<'_> {
         super::find(self, name)
     }
 
-    fn bytes(&self, name: &str) -> Result<&[u8]> {
-        Err(super::in_no_piece(self, name))
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        super::made(self, name)
     }
 
     fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {

@@ -1,18 +1,18 @@
 //! The part of a conversion that goes through the model block by block.
 
 use super::{Quantize, open_text};
-use crate::gate::{sidecars, tokenizer};
+use crate::origin::Origin;
 use crate::output;
 use crate::progress::Meter;
 use crate::session::Session;
 use anyhow::{Context as _, Result, bail};
+use nibble_models::ModelError;
 use nibble_models::sequential::{BlockReport, Learning, SequentialPlan, quantize_blocks};
-use nibble_models::{ModelConfig, ModelError};
 use nibble_quant::convert::Blocks;
 use nibble_quant::format::TensorSource;
 use nibble_quant::recipe::Action;
 use nibble_quant::{QuantError, Recipe, algo};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// How a conversion goes through the model.
 #[derive(Debug, Clone, clap::Args)]
@@ -55,17 +55,10 @@ impl Quantize {
         self.output.with_file_name(name)
     }
 
-    pub(super) fn quantize_blocks(
-        &self,
-        session: &Session,
-        path: &Path,
-        source: &dyn TensorSource,
-        recipe: &Recipe,
-    ) -> Result<Blocks> {
+    pub(super) fn quantize_blocks(&self, session: &Session, origin: &Origin<'_>, recipe: &Recipe) -> Result<Blocks> {
+        let source = origin.source();
         let Some(text) = &self.calibration.calib else { bail!("block by block on which text? --calib FILE") };
-        let json = sidecars(path)?.json("config.json")?.context("there is no config.json")?;
-        let config = ModelConfig::from_json(&path.join("config.json"), &json)?;
-        let tokenizer = tokenizer(path)?;
+        let (config, tokenizer) = (origin.config()?, origin.tokenizer()?);
         let tokens = tokenizer.encode(&open_text(text)?, false)?;
         let calibration = self.calibration.plan(text, &tokenizer, config.max_positions)?;
         let plan = SequentialPlan {

@@ -9,6 +9,7 @@ use crate::format::hf_names::{Model, uninterleave};
 use crate::format::source::{QuantizedRows, Stored, TensorInfo, TensorSource, decode_rows};
 use crate::format::tensor_error;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
@@ -87,7 +88,7 @@ impl TensorSource for GgufCheckpoint {
         Ok(&self.infos[self.find(name)?])
     }
 
-    fn bytes(&self, name: &str) -> Result<&[u8]> {
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         match &self.origins[self.find(name)?] {
             (gguf, None) => self.source.bytes(gguf),
             (_, Some(_)) => Err(tensor_error(name, "is stored in another order of rows, wanted one piece")),
@@ -97,7 +98,7 @@ impl TensorSource for GgufCheckpoint {
     fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
         let at = self.find(name)?;
         let (gguf, head) = &self.origins[at];
-        let (info, bytes) = (&self.infos[at], self.source.bytes(gguf)?);
+        let (info, bytes) = (&self.infos[at], self.source.mapped(gguf)?);
         let (n, cols) = info.rows_cols();
         let head = match *head {
             Some(head) if rows.start <= rows.end && rows.end <= n => head,
@@ -122,7 +123,7 @@ impl TensorSource for GgufCheckpoint {
     fn quantized_rows(&self, name: &str) -> Result<Option<QuantizedRows<'_>>> {
         let at = self.find(name)?;
         let (gguf, head) = &self.origins[at];
-        exact::tensor(&self.infos[at], self.source.bytes(gguf)?, *head)
+        exact::tensor(&self.infos[at], self.source.mapped(gguf)?, *head)
     }
 
     fn release(&self, name: &str) {

@@ -1,0 +1,101 @@
+//! What a conversion starts from.
+
+use crate::gate;
+use crate::session::Session;
+use anyhow::{Context as _, Result, bail};
+use nibble_models::{ModelConfig, Tokenizer, gguf_sidecars};
+use nibble_quant::format::gguf::GgufCheckpoint;
+use nibble_quant::format::{self, Stored, TensorSource};
+use std::path::{Path, PathBuf};
+
+/// A checkpoint's tensors, as they are or rewritten while they are read, and what goes with them.
+pub struct Origin<'a> {
+    path: &'a Path,
+    source: &'a dyn TensorSource,
+    /// config.json, where it isn't the checkpoint's own.
+    config: Option<Vec<u8>>,
+}
+
+impl<'a> Origin<'a> {
+    /// A checkpoint as it is.
+    pub fn new(path: &'a Path, source: &'a dyn TensorSource) -> Origin<'a> {
+        Origin { path, source, config: None }
+    }
+
+    /// The checkpoint of `path` with its residual stream turned, so that its output head has weights of its own.
+    ///
+    /// # Errors
+    /// It has no config.json, or norms that can't be folded.
+    pub fn turned(path: &'a Path, source: &'a dyn TensorSource) -> Result<Origin<'a>> {
+        let config = gate::sidecars(path)?.need("config.json")?;
+        let config = rewritten(&path.join("config.json"), &config, true, None)?;
+        Ok(Origin { path, source, config: Some(config) })
+    }
+
+    /// Its tensors.
+    pub fn source(&self) -> &'a dyn TensorSource {
+        self.source
+    }
+
+    /// Its configuration.
+    ///
+    /// # Errors
+    /// There is none, or it can't be read.
+    pub fn config(&self) -> Result<ModelConfig> {
+        let json = match &self.config {
+            Some(bytes) => serde_json::from_slice(bytes)?,
+            None => gate::sidecars(self.path)?.json("config.json")?.context("there is no config.json")?,
+        };
+        Ok(ModelConfig::from_json(&self.path.join("config.json"), &json)?)
+    }
+
+    /// Its tokenizer.
+    ///
+    /// # Errors
+    /// There is none, it can't be read, or the model has fewer tokens.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = gate::tokenizer(self.path)?;
+        tokenizer.check_vocab(self.config()?.vocab_size)?;
+        Ok(tokenizer)
+    }
+
+    /// Puts its configuration among the files that are written beside the weights.
+    pub fn add_config(&self, files: &mut Vec<(PathBuf, Vec<u8>)>) {
+        let Some(config) = &self.config else { return };
+        files.retain(|(name, _)| name.as_os_str() != "config.json");
+        files.push((PathBuf::from("config.json"), config.clone()));
+    }
+}
+
+/// config.json of the same model rewritten: with an output head of its own if it gets one, and weights in another type.
+pub fn rewritten(file: &Path, bytes: &[u8], own_head: bool, dtype: Option<&str>) -> Result<Vec<u8>> {
+    let mut json: serde_json::Value = serde_json::from_slice(bytes)?;
+    if ModelConfig::from_json(file, &json)?.norm_add_one {
+        bail!("its norms multiply by 1 + gain; what becomes of such gains isn't known here");
+    }
+    if own_head {
+        json["tie_word_embeddings"] = false.into();
+    }
+    for name in ["torch_dtype", "dtype"] {
+        if let (Some(dtype), Some(word)) = (dtype, json.get_mut(name)) {
+            *word = dtype.into();
+        }
+    }
+    Ok(format!("{json:#}\n").into_bytes())
+}
+
+/// A checkpoint's tensors, and the files that have to be made for it: a GGUF's configuration and tokenizer.
+#[expect(clippy::type_complexity, reason = "a pair that is taken apart at once")]
+pub fn open(session: &Session, path: &Path) -> Result<(Box<dyn TensorSource>, Vec<(PathBuf, Vec<u8>)>)> {
+    if format::detect(path)?.name != "gguf" {
+        return Ok((format::open(path)?, Vec::new()));
+    }
+    let source = GgufCheckpoint::open(path)?;
+    if let Some(info) = source.infos().iter().find(|info| matches!(info.stored, Stored::Blocks(b) if b.plain.is_none()))
+    {
+        let (name, stored) = (&info.name, info.stored.name());
+        session.remark(format!("{}: `{name}` is {stored} already; quantizing again adds to its error", path.display()));
+    }
+    let extra = gguf_sidecars(&source, "float32")?.into_files();
+    Ok((Box::new(source), extra))
+}
