@@ -107,4 +107,6 @@ for bits in 3.5 4.30; do
     allocated "autoround-at-$bits" "$bits" as-it-is --algorithm autoround
     allocated "hadamard-autoround-at-$bits" "$bits" hadamard --algorithm autoround
 done
+way hadamard-int8-g32-dq --scheme int8-g32-dq --rotate hadamard
 ACTIVATIONS=int8 way w8a8 --scheme int8-channel
+ACTIVATIONS=int8 way hadamard-w8a8 --scheme int8-channel --rotate hadamard

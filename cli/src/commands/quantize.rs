@@ -220,7 +220,9 @@ impl Run for Quantize {
         if matches!(report, Ok(_) | Err(QuantError::Rejected { .. })) {
             blocks.iter().try_for_each(|blocks| blocks.remove())?;
         }
-        let report = report?;
+        let mut report = report?;
+        // What was read, not the floats that it was turned into.
+        report.bytes_in = opened.infos().iter().map(|info| info.bytes as u64).sum();
         let fallbacks = convert::fallbacks(&plan, &stats);
         say_fallbacks(&fallbacks);
         let trial = gate.as_ref().and_then(Gate::report);
