@@ -180,6 +180,6 @@ fn a_conversion_that_turns_is_a_transform_and_a_conversion() {
     assert!(refused.error(2).contains("`nibble transform` does that"), "{}", refused.stderr);
     place.run(&["calibrate", "float", "--calib", "text", "-o", "stats"]).ok();
     let refused = place.run(&["quantize", "float", "-o", "none", "--rotate", "hadamard", "--stats", "stats"]);
-    assert!(refused.error(1).contains("--calib FILE observes the turned one"), "{}", refused.stderr);
+    assert!(refused.error(2).contains("--calib FILE observes the turned one"), "{}", refused.stderr);
     assert!(!place.path("none").exists());
 }

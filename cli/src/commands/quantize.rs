@@ -13,7 +13,7 @@ use crate::output::{self, Table};
 use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use nibble_models::ModelError;
@@ -156,7 +156,8 @@ impl Run for Quantize {
             recipe.rotate.clone_from(&self.rotate);
         }
         if recipe.rotate.is_some() && self.stats.is_some() {
-            bail!("statistics are of the model as it is, not as it is turned: --calib FILE observes the turned one");
+            let why = "they are of the model as it is, not as it is turned: --calib FILE observes the turned one";
+            return Err(QuantError::Spec { what: "--stats".into(), why: why.into() }.into());
         }
         let (opened, mut extra) = open(session, &path)?;
         let arguments = Arguments { seed: self.seed, stats: None };
