@@ -124,6 +124,8 @@ pub fn tokens_are_drawn_as_from_the_hosts_copy_of_the_logits<G: Gpu>(device: Dev
             let wanted = there.sample(&decoder.logits(&mut cx, &[last]).unwrap()[..vocabulary]).unwrap();
             let token = decoder.choose(&mut cx, last, &mut here).unwrap();
             assert_eq!(token, wanted, "{settings:?}");
+            let mut more = Sampler::new(settings.clone(), config.vocab_size + 1).unwrap();
+            assert!(decoder.choose(&mut cx, last, &mut more).is_err(), "there aren't so many logits");
             [&mut here, &mut there].into_iter().for_each(|s| s.accept(token));
             decoder.forward(&mut cx, &[(0, &[token])], None).unwrap();
         }

@@ -29,14 +29,18 @@ impl<B: Backend> Decoder<B> {
     /// has. The logits stay on the device, but for as many as the choice needs.
     ///
     /// # Errors
-    /// As [`Decoder::logits`], or the row's logits are no numbers.
+    /// As [`Decoder::logits`]; the row's logits are no numbers, or the sampler chooses among more.
     pub fn choose(&self, cx: &mut Context<B>, row: usize, sampler: &mut Sampler) -> Result<u32> {
+        let (vocabulary, logits) = (sampler.vocab_size(), self.config.vocab_size);
+        if vocabulary > logits {
+            let why = format!("{logits} values for a vocabulary of {vocabulary}");
+            return Err(ModelError::Logits { why });
+        }
         self.predict(cx, &[row])?;
         let b = &self.backend;
         if let Some((penalty, tokens)) = sampler.penalties() {
             b.penalize(&mut cx.logits, 0, penalty, tokens)?;
         }
-        let vocabulary = sampler.vocab_size();
         match sampler.look() {
             Look::Likeliest => {
                 b.argmax(&cx.logits, 1, vocabulary, &mut cx.choices)?;
