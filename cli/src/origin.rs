@@ -1,11 +1,10 @@
 //! What a conversion starts from.
 
 use crate::gate;
-use crate::session::Session;
 use anyhow::{Context as _, Result, bail};
 use nibble_models::{ModelConfig, Tokenizer, gguf_sidecars};
 use nibble_quant::format::gguf::GgufCheckpoint;
-use nibble_quant::format::{self, Stored, TensorSource};
+use nibble_quant::format::{self, TensorSource};
 use std::path::{Path, PathBuf};
 
 /// A checkpoint's tensors, as they are or rewritten while they are read, and what goes with them.
@@ -86,16 +85,11 @@ pub fn rewritten(file: &Path, bytes: &[u8], own_head: bool, dtype: Option<&str>)
 
 /// A checkpoint's tensors, and the files that have to be made for it: a GGUF's configuration and tokenizer.
 #[expect(clippy::type_complexity, reason = "a pair that is taken apart at once")]
-pub fn open(session: &Session, path: &Path) -> Result<(Box<dyn TensorSource>, Vec<(PathBuf, Vec<u8>)>)> {
+pub fn open(path: &Path) -> Result<(Box<dyn TensorSource>, Vec<(PathBuf, Vec<u8>)>)> {
     if format::detect(path)?.name != "gguf" {
         return Ok((format::open(path)?, Vec::new()));
     }
     let source = GgufCheckpoint::open(path)?;
-    if let Some(info) = source.infos().iter().find(|info| matches!(info.stored, Stored::Blocks(b) if b.plain.is_none()))
-    {
-        let (name, stored) = (&info.name, info.stored.name());
-        session.remark(format!("{}: `{name}` is {stored} already; quantizing again adds to its error", path.display()));
-    }
     let extra = gguf_sidecars(&source, "float32")?.into_files();
     Ok((Box::new(source), extra))
 }

@@ -69,7 +69,7 @@ impl Run for Calibrate {
         if self.output.extension().is_some_and(|e| e == "gguf") {
             words.gram_memory = 0;
         }
-        let (source, _) = open(session, &path)?;
+        let (source, _) = open(&path)?;
         let calibration = words.run(session, &Origin::new(&path, &*source), text, self.threads)?;
         calibration.stats.write(&self.output)?;
         let seconds = start.elapsed().as_secs_f64();

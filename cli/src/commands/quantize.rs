@@ -21,7 +21,7 @@ use nibble_models::eval::{EvalPlan, beginning};
 use nibble_models::sensitivity::{AllocationPlan, Target, allocate_bits};
 use nibble_models::trial::{TEXT, TrialReport};
 use nibble_quant::convert::{self, Judge, Options, Plan, Report};
-use nibble_quant::format::OutputOptions;
+use nibble_quant::format::{OutputOptions, Stored, TensorInfo};
 use nibble_quant::manifest::TensorRecord;
 use nibble_quant::stats::Stats;
 use nibble_quant::transform::{Arguments, Kind, TRANSFORMS};
@@ -159,7 +159,12 @@ impl Run for Quantize {
             let why = "they are of the model as it is, not as it is turned: --calib FILE observes the turned one";
             return Err(QuantError::Spec { what: "--stats".into(), why: why.into() }.into());
         }
-        let (opened, mut extra) = open(session, &path)?;
+        let (opened, mut extra) = open(&path)?;
+        let coded = |info: &&TensorInfo| matches!(info.stored, Stored::Blocks(block) if block.plain.is_none());
+        if let Some(TensorInfo { name, stored, .. }) = opened.infos().iter().find(coded) {
+            let (path, stored) = (path.display(), stored.name());
+            session.remark(format!("{path}: `{name}` is {stored} already; quantizing again adds to its error"));
+        }
         let arguments = Arguments { seed: self.seed, stats: None };
         let turned = recipe.rotation()?.map(|row| row.apply(&*opened, &arguments)).transpose()?;
         let origin = match &turned {
