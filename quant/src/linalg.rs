@@ -16,7 +16,7 @@ mod pair;
 
 pub use dense::Dense;
 pub use feedback::{Decide, Feedback, ROWS};
-pub use pair::Pair;
+pub use pair::{DecideOne, Pair};
 
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
@@ -153,21 +153,38 @@ impl Panels {
 /// `tile[c][r] += sign * sum over steps t of broad[t][c] * vector[t][r]`.
 #[inline(always)]
 fn accumulate<S: Simd, const SUBTRACT: bool>(s: S, tile: &mut [f32], broad: &[f32], vector: &[f32]) {
+    // As many sums at once as hide how long one addition takes, and fit in registers.
+    match S::PANELS {
+        1 => accumulate_columns::<S, 4, SUBTRACT>(s, tile, broad, vector),
+        _ => accumulate_columns::<S, 8, SUBTRACT>(s, tile, broad, vector),
+    }
+}
+
+/// The same, N columns at a time.
+#[inline(always)]
+fn accumulate_columns<S: Simd, const N: usize, const SUBTRACT: bool>(
+    s: S,
+    tile: &mut [f32],
+    broad: &[f32],
+    vector: &[f32],
+) {
     let (broad, vector) = (broad.as_chunks::<LANES>().0, vector.as_chunks::<LANES>().0);
-    for (quarter, rows) in tile.as_chunks_mut::<LANES>().0.chunks_exact_mut(4).enumerate() {
-        let [a, b, c, d] = rows else { return };
-        let mut sums = [s.load(a), s.load(b), s.load(c), s.load(d)];
+    for (at, columns) in tile.as_chunks_mut::<LANES>().0.as_chunks_mut::<N>().0.iter_mut().enumerate() {
+        let mut sums = [s.splat(0.0); N];
+        for q in 0..N {
+            sums[q] = s.load(&columns[q]);
+        }
         for (by, v) in broad.iter().zip(vector) {
             let v = s.load(v);
-            for q in 0..4 {
-                let by = s.splat(by[quarter * 4 + q]);
+            let by = &by.as_chunks::<N>().0[at];
+            for q in 0..N {
+                let by = s.splat(by[q]);
                 sums[q] = if SUBTRACT { s.fnma(by, v, sums[q]) } else { s.fma(by, v, sums[q]) };
             }
         }
-        s.store(sums[0], a);
-        s.store(sums[1], b);
-        s.store(sums[2], c);
-        s.store(sums[3], d);
+        for q in 0..N {
+            s.store(sums[q], &mut columns[q]);
+        }
     }
 }
 
@@ -255,39 +272,86 @@ mod tests {
     struct Whole;
 
     impl Decide for Whole {
-        fn decide(&mut self, _: usize, _: usize, best: f32) -> f32 {
-            best.round()
+        fn decide<S: Simd>(&mut self, s: S, _: usize, _: usize, best: S::F32) -> S::F32 {
+            s.to_f32(s.to_i32(best))
         }
+    }
+
+    /// Weights (lots, padded), of so many rows and columns.
+    fn weights(width: usize, padded: usize, rows: usize) -> Vec<[f32; LANES]> {
+        let mut rng = StdRng::seed_from_u64(9);
+        let mut weights = vec![[0f32; LANES]; rows.div_ceil(LANES) * padded];
+        for row in 0..rows {
+            for place in &mut weights[row / LANES * padded..][..width] {
+                place[row % LANES] = 6.0 * rng.random::<f32>() - 3.0;
+            }
+        }
+        weights
     }
 
     /// d H d^T = sum of L[a][a]^2 (best_a - value_a)^2 holds for no other `best` than the one that makes up for all
     /// errors before it.
     #[test]
     fn what_is_left_at_each_place_adds_up_to_the_error_of_the_row() {
-        for (width, rows) in [(40, 1), (40, 3), (33, 4), (150, 7), (417, 5)] {
+        for (width, rows) in [(40, 1), (40, 3), (33, 16), (150, 17), (417, 37)] {
             let (_, matrix) = observed(width, 3 * width);
-            let mut rng = StdRng::seed_from_u64(9);
             let order: Vec<u32> = (0..width as u32).collect();
             let feedback = Feedback::new(&matrix, order, 1.0, 0.1).unwrap();
             let padded = feedback.padded();
-            let mut weights = vec![0.0; rows * padded];
-            for row in weights.chunks_mut(padded) {
-                row[..width].iter_mut().for_each(|w| *w = 6.0 * rng.random::<f32>() - 3.0);
-            }
-            let mut errors = vec![f32::NAN; rows * padded];
+            let weights = weights(width, padded, rows);
+            let mut errors = vec![[f32::NAN; LANES]; weights.len()];
             let totals = feedback.run(&weights, &mut errors, &mut Whole);
             let h = |a: usize, b: usize| matrix.get(a, b) as f64 + if a == b { 0.1 } else { 0.0 };
             for row in 0..rows {
-                let d = &errors[row * padded..][..width];
+                let lot = row / LANES * padded;
+                let d: Vec<f64> = errors[lot..][..width].iter().map(|e| e[row % LANES] as f64).collect();
                 let pairs = (0..width).flat_map(|a| (0..width).map(move |b| (a, b)));
-                let norm: f64 = pairs.map(|(a, b)| d[a] as f64 * h(a, b) * d[b] as f64).sum();
-                assert!((norm - totals[row]).abs() <= 1e-3 * norm, "{norm}, {}", totals[row]);
-                let whole = weights[row * padded..][..width].iter().zip(d).all(|(w, d)| {
-                    let value = w - d;
+                let norm: f64 = pairs.map(|(a, b)| d[a] * h(a, b) * d[b]).sum();
+                let total = totals[row / LANES][row % LANES];
+                assert!((norm - total).abs() <= 1e-3 * norm, "{norm}, {total}");
+                let whole = weights[lot..][..width].iter().zip(&d).all(|(w, d)| {
+                    let value = w[row % LANES] as f64 - d;
                     (value - value.round()).abs() < 1e-5
                 });
                 assert!(whole, "row {row}");
             }
+        }
+    }
+
+    /// Zeros everywhere, until one row of each lot is beyond a bound.
+    struct Zeros(f64);
+
+    impl Decide for Zeros {
+        fn decide<S: Simd>(&mut self, s: S, _: usize, _: usize, _: S::F32) -> S::F32 {
+            s.splat(0.0)
+        }
+
+        fn goes_on(&self, _: usize, totals: &[f64; LANES]) -> bool {
+            totals.iter().all(|total| *total <= self.0)
+        }
+    }
+
+    #[test]
+    fn a_walk_that_ends_early_has_the_first_part_of_the_errors() {
+        let (width, rows) = (417, 37);
+        let (_, matrix) = observed(width, 3 * width);
+        let order: Vec<u32> = (0..width as u32).collect();
+        let feedback = Feedback::new(&matrix, order, 1.0, 0.1).unwrap();
+        let weights = weights(width, feedback.padded(), rows);
+        let run = |bound: f64| {
+            let mut errors = vec![[f32::NAN; LANES]; weights.len()];
+            let totals = feedback.run(&weights, &mut errors, &mut Zeros(bound));
+            (totals, errors.iter().filter(|e| e[0].is_nan()).count())
+        };
+        let (whole, left) = run(f64::INFINITY);
+        assert_eq!(left, 0);
+        let bound = whole.iter().flatten().fold(0f64, |most, total| most.max(*total)) / 64.0;
+        let (part, left) = run(bound);
+        assert!(left > 0, "nothing was left out");
+        for (part, whole) in part.iter().zip(&whole) {
+            assert!(part.iter().zip(whole).all(|(part, whole)| part <= whole));
+            let beyond = |totals: &[f64; LANES]| totals.iter().any(|total| *total > bound);
+            assert_eq!(beyond(part), beyond(whole));
         }
     }
 }

@@ -9,7 +9,7 @@ use super::fit::{Method, Rule};
 use super::gptq::{self, DAMPING};
 use super::{AlgoInput, descent, rows};
 use crate::error::Result;
-use crate::linalg::{Decide, Dense, Feedback, Pair};
+use crate::linalg::{DecideOne, Dense, Feedback, Pair};
 use crate::stats::Input;
 use crate::{OutlierSpec, QTensor};
 use std::sync::Arc;
@@ -66,7 +66,7 @@ struct Chooser<'a> {
     codes: &'a mut [u8],
 }
 
-impl Decide for Chooser<'_> {
+impl DecideOne for Chooser<'_> {
     #[inline(always)]
     fn decide(&mut self, row: usize, at: usize, best: f32) -> f32 {
         // Padding.

@@ -4,13 +4,15 @@
 //! all ("static groups"); only codes are chosen anew, under those numbers, columns of large second moments first. A row
 //! that this makes worse in its own measure, d H d^T with H = E[x x^T], keeps the codes of the search.
 
-use super::fit::{Method, Rule, inverse};
+use super::fit::{Method, Rule, inverse, lanes};
+use super::grid::{Even, Grid, Uneven};
 use super::{AlgoInput, descent, rows};
 use crate::error::Result;
 use crate::linalg::{Decide, Dense, Feedback, ROWS};
 use crate::stats::Input;
 use crate::{Granularity, QTensor, ScaleData};
 use half::f16;
+use nibble_kernels::simd::{LANES, Simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -97,7 +99,7 @@ fn recode(input: &AlgoInput, mut tensor: QTensor, feedback: &Feedback) -> QTenso
     let mut values = std::mem::take(&mut tensor.outliers.values);
     let starts = std::mem::take(&mut tensor.outliers.row_start);
     // Every thread gets some; rows don't depend on those they are walked through with.
-    let together = n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(4).min(ROWS);
+    let together = n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(LANES).min(ROWS);
     let batch = (together * k).max(1);
     // What each row keeps beside the grid, cut up as the rows are.
     let mut kept: Vec<&mut [f16]> = Vec::with_capacity(n.div_ceil(together.max(1)));
@@ -118,25 +120,18 @@ fn recode(input: &AlgoInput, mut tensor: QTensor, feedback: &Feedback) -> QTenso
     let work = codes.par_chunks_mut(batch).zip(input.weight.par_chunks(batch)).zip(kept);
     work.enumerate().for_each(|(at, ((codes, weight), kept))| {
         let first = at * together;
-        let outliers = |row: usize| match starts.as_slice() {
-            [] => 0..0,
-            starts => starts[first + row] as usize..starts[first + row + 1] as usize,
+        let cols = match starts.as_slice() {
+            [] => Vec::new(),
+            starts => {
+                let row = |r: usize| &tensor.outliers.cols[starts[r] as usize..starts[r + 1] as usize];
+                (first..first + weight.len() / k).map(row).collect()
+            }
         };
-        let cols = &tensor.outliers.cols;
-        let rows = weight.len() / k;
-        let groups = tensor.groups();
-        let lines: Vec<Line> = (0..rows * groups).map(|i| Line::of(&tensor, first + i / groups, i % groups)).collect();
-        let held: Vec<Vec<Option<u32>>> = (0..rows)
-            .map(|row| {
-                let mut held = vec![None; if starts.is_empty() { 0 } else { k }];
-                let from = outliers(0).start;
-                outliers(row).for_each(|i| held[cols[i] as usize] = Some((i - from) as u32));
-                held
-            })
-            .collect();
-        let places = &places;
-        let mut batch = Batch { rule: &rule, feedback, places, lines, groups, k, codes, kept, free: true };
-        batch.choose(weight, &held);
+        let (rows, groups) = (weight.len() / k, tensor.groups());
+        let line = |i: usize| Line::of(&tensor, first + i / groups, i % groups);
+        let lines: Vec<Line> = (0..rows * groups).map(line).collect();
+        let batch = Batch { rule: &rule, feedback, places: &places, lines: &lines, groups, k, rows, weight };
+        batch.choose(codes, kept, &Beside::new(&cols, k));
     });
     tensor.codes = codes;
     tensor.outliers.values = values;
@@ -199,85 +194,221 @@ impl Line {
     }
 }
 
-/// Some rows.
+/// Rows that are walked through together.
 struct Batch<'a> {
     rule: &'a Rule,
     feedback: &'a Feedback,
     places: &'a [Place],
     /// (rows, groups)
-    lines: Vec<Line>,
+    lines: &'a [Line],
     groups: usize,
     k: usize,
-    codes: &'a mut [u8],
-    /// Values of the outliers of all these rows.
-    kept: &'a mut [f16],
-    free: bool,
+    rows: usize,
+    /// (rows, k)
+    weight: &'a [f32],
 }
 
 impl Batch<'_> {
-    /// `held` has the index in `kept` of each column that is an outlier; empty if the tensor has none.
-    fn choose(&mut self, weight: &[f32], held: &[Vec<Option<u32>>]) {
-        let (k, padded) = (self.k, self.feedback.padded());
-        let rows = weight.len() / k;
-        let mut placed = vec![0f32; rows * padded];
-        for (placed, row) in placed.chunks_mut(padded).zip(weight.chunks(k)) {
-            placed.iter_mut().zip(self.places).for_each(|(to, place)| *to = row[place.col]);
-        }
-        let mut errors = vec![0f32; rows * padded];
-        let damping = self.feedback.damping as f64;
-        let undamped =
-            |total: f64, errors: &[f32]| total - damping * errors.iter().map(|e| *e as f64 * *e as f64).sum::<f64>();
-        self.free = false;
-        let before = self.feedback.run(&placed, &mut errors, &mut Chooser { batch: self, held });
-        let before: Vec<f64> = errors.chunks(padded).zip(before).map(|(e, total)| undamped(total, e)).collect();
-        let searched = (self.codes.to_vec(), self.kept.to_vec());
-        self.free = true;
-        let after = self.feedback.run(&placed, &mut errors, &mut Chooser { batch: self, held });
-        for (row, (errors, total)) in errors.chunks(padded).zip(after).enumerate() {
-            if undamped(total, errors) > before[row] {
-                self.codes[row * k..(row + 1) * k].copy_from_slice(&searched.0[row * k..(row + 1) * k]);
-                for i in held[row].iter().flatten() {
-                    self.kept[*i as usize] = searched.1[*i as usize];
-                }
+    /// Chooses codes, and the values that are kept beside them. Both stay as they are in a row that would be worse, without
+    /// damping.
+    fn choose(&self, codes: &mut [u8], kept: &mut [f16], beside: &Beside) {
+        let Batch { feedback, k, .. } = *self;
+        let weights = self.placed(|row, place| self.weight[row * k + place.col]);
+        let searched = self.placed(|row, place| {
+            let on_grid = self.lines[row * self.groups + place.group].value(self.rule, codes[row * k + place.col]);
+            beside.at(row, place.col).map_or(on_grid, |i| on_grid + kept[i].to_f32())
+        });
+        let mut errors = vec![[0f32; LANES]; weights.len()];
+        let (mut new, mut new_kept) = (codes.to_vec(), kept.to_vec());
+        let mut free = Free { batch: self, lots: self.lots(), beside, codes: &mut new, kept: &mut new_kept };
+        let after = feedback.run(&weights, &mut errors, &mut free);
+        let damping = |row: usize, values: &dyn Fn(usize) -> f32| {
+            let first = row / LANES * feedback.padded();
+            let squares = (first..first + feedback.padded()).map(|at| f64::from(values(at)).powi(2));
+            f64::from(feedback.damping) * squares.sum::<f64>()
+        };
+        // What the searched row comes to with its damping, where it is as good as the new one.
+        let bound = |row: usize| {
+            let lane = row % LANES;
+            let new = after[row / LANES][lane] - damping(row, &|at| errors[at][lane]);
+            new + damping(row, &|at| weights[at][lane] - searched[at][lane])
+        };
+        let bounds: Vec<f64> = (0..self.rows).map(bound).collect();
+        let mut searched = Searched { values: &searched, padded: feedback.padded(), bounds: &bounds };
+        let before = feedback.run(&weights, &mut errors, &mut searched);
+        for (row, bound) in bounds.iter().enumerate() {
+            if before[row / LANES][row % LANES] >= *bound {
+                codes[row * k..(row + 1) * k].copy_from_slice(&new[row * k..(row + 1) * k]);
+                beside.of(row).for_each(|i| kept[i] = new_kept[i]);
             }
         }
     }
 
-    /// The code at a row and place, or the nearest one to `best`, and its value.
-    #[inline(always)]
-    fn value(&mut self, row: usize, place: Place, best: f32) -> f32 {
-        let line = self.lines[row * self.groups + place.group];
-        let code = &mut self.codes[row * self.k + place.col];
-        if !self.free {
-            return line.value(self.rule, *code);
+    /// One number of each row and place: (lots, padded), zeros as padding.
+    fn placed(&self, number: impl Fn(usize, Place) -> f32) -> Vec<[f32; LANES]> {
+        let padded = self.feedback.padded();
+        let mut placed = vec![[0f32; LANES]; self.rows.div_ceil(LANES) * padded];
+        for row in 0..self.rows {
+            for (lanes, place) in placed[row / LANES * padded..].iter_mut().zip(self.places) {
+                lanes[row % LANES] = number(row, *place);
+            }
         }
-        let (nearest, value) = line.nearest(self.rule, best);
-        *code = nearest;
+        placed
+    }
+
+    /// (lots, groups)
+    fn lots(&self) -> Vec<Lot> {
+        let mut lots = vec![Lot::default(); self.rows.div_ceil(LANES) * self.groups];
+        for (i, line) in self.lines.iter().enumerate() {
+            let (row, g) = (i / self.groups, i % self.groups);
+            lots[row / LANES * self.groups + g].set(row % LANES, *line);
+        }
+        lots
+    }
+}
+
+/// Which values lie beside the grid, those of some rows in one list.
+struct Beside<'a> {
+    cols: &'a [&'a [u32]],
+    /// (lots, k), index in the list; empty if there are none.
+    index: Vec<[u32; LANES]>,
+    k: usize,
+}
+
+impl<'a> Beside<'a> {
+    const NONE: u32 = u32::MAX;
+
+    /// Of rows of `k` columns; `cols` are the columns of each, empty if no row keeps any.
+    fn new(cols: &'a [&'a [u32]], k: usize) -> Self {
+        let mut index = vec![[Self::NONE; LANES]; cols.len().div_ceil(LANES) * k];
+        let all = cols.iter().enumerate().flat_map(|(row, cols)| cols.iter().map(move |col| (row, *col as usize)));
+        for (i, (row, col)) in all.enumerate() {
+            index[row / LANES * k + col][row % LANES] = i as u32;
+        }
+        Beside { cols, index, k }
+    }
+
+    fn at(&self, row: usize, col: usize) -> Option<usize> {
+        let i = self.index.get(row / LANES * self.k + col)?[row % LANES];
+        (i != Self::NONE).then_some(i as usize)
+    }
+
+    /// Those of a row.
+    fn of(&self, row: usize) -> std::ops::Range<usize> {
+        let before: usize = self.cols.iter().take(row).map(|cols| cols.len()).sum();
+        before..before + self.cols.get(row).map_or(0, |cols| cols.len())
+    }
+}
+
+/// The lines of a group of 16 rows.
+#[derive(Clone, Copy, Default)]
+struct Lot {
+    scale: [f32; LANES],
+    by: [f32; LANES],
+    min: [f32; LANES],
+    zero: [i32; LANES],
+}
+
+impl Lot {
+    fn set(&mut self, lane: usize, line: Line) {
+        (self.scale[lane], self.by[lane], self.min[lane], self.zero[lane]) = (line.scale, line.by, line.min, line.zero);
+    }
+
+    /// [`Line::nearest`] of each.
+    #[inline(always)]
+    fn nearest<S: Simd>(&self, s: S, rule: &Rule, best: S::F32) -> (S::I32, S::F32) {
+        let y = s.mul(s.sub(best, s.load(&self.min)), s.load(&self.by));
+        let (code, level) = match &rule.table {
+            Some(table) => {
+                let grid = Uneven::new(s, table);
+                let code = grid.code(s, y);
+                (code, grid.level_of(s, code))
+            }
+            None => {
+                let grid = Even::each(s, (rule.low, rule.high), rule.middle, s.load_i32(&self.zero));
+                let code = grid.code(s, y);
+                (code, grid.level_of(s, code))
+            }
+        };
+        (code, s.add(s.mul(s.load(&self.scale), level), s.load(&self.min)))
+    }
+}
+
+/// Takes the nearest codes.
+struct Free<'a> {
+    batch: &'a Batch<'a>,
+    /// (lots, groups)
+    lots: Vec<Lot>,
+    beside: &'a Beside<'a>,
+    codes: &'a mut [u8],
+    kept: &'a mut [f16],
+}
+
+impl Decide for Free<'_> {
+    #[inline(always)]
+    fn decide<S: Simd>(&mut self, s: S, lot: usize, at: usize, best: S::F32) -> S::F32 {
+        let Batch { rule, places, groups, k, rows, .. } = *self.batch;
+        // Padding.
+        let Some(&place) = places.get(at) else { return best };
+        let (code, value) = self.lots[lot * groups + place.group].nearest(s, rule, best);
+        let mut codes = [0i32; LANES];
+        s.store_i32(code, &mut codes);
+        let first = lot * LANES;
+        if !self.beside.index.is_empty() {
+            return self.with_kept(s, lot, place, (best, value), &codes);
+        }
+        for (row, code) in (first..rows.min(first + LANES)).zip(codes) {
+            self.codes[row * k + place.col] = code as u8;
+        }
         value
     }
 }
 
-/// What the walk asks at every place.
-struct Chooser<'a, 'b> {
-    batch: &'a mut Batch<'b>,
-    held: &'a [Vec<Option<u32>>],
+impl Free<'_> {
+    /// The same where some rows keep a value: its code stays, and it makes up for everything.
+    #[inline(always)]
+    fn with_kept<S: Simd>(
+        &mut self,
+        s: S,
+        lot: usize,
+        place: Place,
+        (best, value): (S::F32, S::F32),
+        codes: &[i32; LANES],
+    ) -> S::F32 {
+        let Batch { rule, groups, k, rows, lines, .. } = *self.batch;
+        let (bests, mut values) = (lanes(s, best), lanes(s, value));
+        for (lane, row) in (lot * LANES..rows.min((lot + 1) * LANES)).enumerate() {
+            let own = &mut self.codes[row * k + place.col];
+            let Some(i) = self.beside.at(row, place.col) else {
+                *own = codes[lane] as u8;
+                continue;
+            };
+            let on_grid = lines[row * groups + place.group].value(rule, *own);
+            let missing = f16::from_f32(bests[lane] - on_grid);
+            if missing.is_finite() {
+                self.kept[i] = missing;
+            }
+            values[lane] = on_grid + self.kept[i].to_f32();
+        }
+        s.load(&values)
+    }
 }
 
-impl Decide for Chooser<'_, '_> {
+/// Takes the values that there are, until all rows of a lot are worse than their bounds.
+struct Searched<'a> {
+    /// (lots, padded)
+    values: &'a [[f32; LANES]],
+    padded: usize,
+    bounds: &'a [f64],
+}
+
+impl Decide for Searched<'_> {
     #[inline(always)]
-    fn decide(&mut self, row: usize, at: usize, best: f32) -> f32 {
-        // Padding.
-        let Some(&place) = self.batch.places.get(at) else { return best };
-        let Some(Some(i)) = self.held[row].get(place.col) else { return self.batch.value(row, place, best) };
-        // An outlier's code stays, and its value makes up for everything.
-        let free = std::mem::replace(&mut self.batch.free, false);
-        let on_grid = self.batch.value(row, place, best);
-        self.batch.free = free;
-        let kept = &mut self.batch.kept[*i as usize];
-        let missing = f16::from_f32(best - on_grid);
-        if free && missing.is_finite() {
-            *kept = missing;
-        }
-        on_grid + kept.to_f32()
+    fn decide<S: Simd>(&mut self, s: S, lot: usize, at: usize, _best: S::F32) -> S::F32 {
+        s.load(&self.values[lot * self.padded + at])
+    }
+
+    fn goes_on(&self, lot: usize, totals: &[f64; LANES]) -> bool {
+        self.bounds[lot * LANES..].iter().zip(totals).any(|(bound, total)| total < bound)
     }
 }

@@ -73,6 +73,13 @@ impl<S: Simd> Even<S> {
         Even { low: s.sub(s.splat(0.0), zero), high: s.sub(s.splat(high), zero), zero: s.splat_i32(0) }
     }
 
+    /// Levels `low..=high` around code `middle`, moved to another zero in each lane.
+    #[inline(always)]
+    pub(super) fn each(s: S, (low, high): (f32, f32), middle: i32, zero: S::I32) -> Self {
+        let (zeros, middle) = (s.to_f32(zero), middle as f32);
+        Even { low: s.sub(s.splat(low + middle), zeros), high: s.sub(s.splat(high + middle), zeros), zero }
+    }
+
     #[inline(always)]
     fn round(self, s: S, y: S::F32) -> S::I32 {
         s.to_i32(s.min(s.max(y, self.low), self.high))

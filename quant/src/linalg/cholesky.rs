@@ -10,7 +10,7 @@ use nibble_kernels::simd::{self, Simd, SimdOp};
 use rayon::prelude::*;
 
 /// Columns of tiles that are finished together.
-const BLOCK: usize = 4;
+const BLOCK: usize = 8;
 /// Terms that are summed before the next values' turn.
 const DEPTH: usize = 64;
 

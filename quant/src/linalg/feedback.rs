@@ -1,19 +1,20 @@
 //! Rounding errors fed forward by a Cholesky factor, many rows at a time.
+//!
+//! Rows don't depend on each other, so 16 of them lie side by side, one a lane (a *lot*): a place of all of them is decided
+//! at once, and what errors ask of the places before them are the products of tiles that the factor itself is made with.
 
-use super::{LANES, Symmetric, TILE};
+use super::{LANES, Symmetric, TILE, accumulate};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, Simd, SimdOp};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows that are walked through together, at most: what is read of a large factor, which lies in memory, serves them all.
-pub const ROWS: usize = 64;
-/// Rows whose sums are in registers together.
-pub(super) const SUMS: usize = 4;
+pub const ROWS: usize = 128;
 /// Panels between whose columns errors are fed one by one; what those behind ask of them is summed before.
 const BLOCK: usize = 8;
-/// Errors of a row that are summed before the next row's turn.
-const DEPTH: usize = 256;
+/// Errors of a row that are summed before the next lot's turn.
+const DEPTH: usize = 128;
 
 /// How the error of a column is made up for by the columns that come after it.
 ///
@@ -32,10 +33,15 @@ pub struct Feedback {
     pub(super) pivots: Vec<f32>,
 }
 
-/// Decides about one value: given its place and what would be best there, what it becomes.
+/// Decides about values, those of 16 rows at a time.
 pub trait Decide {
-    /// The value that place `at` of row `row` of the batch takes, where `best` would make up for all errors so far.
-    fn decide(&mut self, row: usize, at: usize, best: f32) -> f32;
+    /// The values that place `at` takes in the rows of a lot, where `best` would make up for all errors so far.
+    fn decide<S: Simd>(&mut self, s: S, lot: usize, at: usize, best: S::F32) -> S::F32;
+
+    /// Whether the walk through a lot goes on, now that its rows' errors have come to `totals`; they only grow.
+    fn goes_on(&self, _lot: usize, _totals: &[f64; LANES]) -> bool {
+        true
+    }
 }
 
 impl Feedback {
@@ -67,28 +73,45 @@ impl Feedback {
     }
 
     /// Goes through all places of up to [`ROWS`] rows, from the last to the first, and writes what is left of each value:
-    /// `errors` = w - q. `weights` and `errors` are (rows, padded), by place. Gives each row's error d H d^T, damping
-    /// included.
-    pub fn run(&self, weights: &[f32], errors: &mut [f32], decide: &mut impl Decide) -> Vec<f64> {
-        let rows = errors.len().checked_div(self.padded()).unwrap_or(0);
-        let mut totals = vec![0f64; rows];
-        let sums = &mut vec![0f32; rows * BLOCK * LANES];
+    /// `errors` = w - q. `weights` and `errors` are (lots, padded), places of 16 rows each. Gives each row's error d H d^T,
+    /// damping included; if its lot's walk didn't go on, that of the places until then.
+    pub fn run(
+        &self,
+        weights: &[[f32; LANES]],
+        errors: &mut [[f32; LANES]],
+        decide: &mut impl Decide,
+    ) -> Vec<[f64; LANES]> {
+        let padded = self.padded();
+        let lots = errors.len().checked_div(padded).unwrap_or(0);
+        let mut totals = vec![[0f64; LANES]; lots];
+        let mut open: Vec<usize> = (0..lots).collect();
+        let mut sums = vec![0f32; lots * BLOCK * TILE];
         for first in (0..self.panels.len()).step_by(BLOCK).rev() {
             let block = first..(first + BLOCK).min(self.panels.len());
             sums.fill(0.0);
-            simd::dispatch(Isa::best(), Behind { feedback: self, block: block.clone(), errors, sums });
-            let totals = &mut totals;
-            simd::dispatch(Isa::best(), Within { feedback: self, block, weights, errors, sums, totals, decide });
+            let behind = Behind { feedback: self, block: block.clone(), open: &open, errors, sums: &mut sums };
+            simd::dispatch(Isa::best(), behind);
+            for &lot in &open {
+                let (weights, errors) = (&weights[lot * padded..][..padded], &mut errors[lot * padded..][..padded]);
+                let (sums, totals) = (&mut sums[lot * BLOCK * TILE..][..BLOCK * TILE], &mut totals[lot]);
+                let block = block.clone();
+                simd::dispatch(
+                    Isa::best(),
+                    Within { feedback: self, block, lot, weights, errors, sums, totals, decide },
+                );
+            }
+            open.retain(|&lot| decide.goes_on(lot, &totals[lot]));
         }
         totals
     }
 }
 
-/// What the errors behind a block of panels ask of it: `sums` are (panels, rows, 16).
+/// What the errors behind a block of panels ask of it: `sums` are (lots, panels) tiles of (places, rows).
 struct Behind<'a> {
     feedback: &'a Feedback,
     block: Range<usize>,
-    errors: &'a [f32],
+    open: &'a [usize],
+    errors: &'a [[f32; LANES]],
     sums: &'a mut [f32],
 }
 
@@ -97,66 +120,31 @@ impl SimdOp for Behind<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let Behind { feedback, block, errors, sums } = self;
+        let Behind { feedback, block, open, errors, sums } = self;
         let padded = feedback.padded();
-        let rows = errors.len() / padded;
         for from in (block.end * LANES..padded).step_by(DEPTH) {
             let stretch = from..(from + DEPTH).min(padded);
-            for (j, sums) in block.clone().zip(sums.chunks_exact_mut(rows * LANES)) {
+            for (q, j) in block.clone().enumerate() {
                 let first = j * LANES;
                 let panel = &feedback.panels[j][(from - first) * LANES..(stretch.end - first) * LANES];
-                add_rows(s, sums, panel, errors, padded, from);
+                for &lot in open {
+                    let errors = errors[lot * padded..][stretch.clone()].as_flattened();
+                    accumulate::<S, false>(s, &mut sums[(lot * BLOCK + q) * TILE..][..TILE], panel, errors);
+                }
             }
         }
     }
 }
 
-/// `sums[row] += sum over b of errors[row][from + b] * panel[b]`: `sums` are (rows, 16), `errors` (rows, padded).
-#[inline(always)]
-pub(super) fn add_rows<S: Simd>(s: S, sums: &mut [f32], panel: &[f32], errors: &[f32], padded: usize, from: usize) {
-    let panel = panel.as_chunks::<LANES>().0;
-    let (fours, rest) = sums.as_chunks_mut::<LANES>().0.as_chunks_mut::<SUMS>();
-    let (errors, last) = errors.split_at(fours.len() * SUMS * padded);
-    for (sums, errors) in fours.iter_mut().zip(errors.chunks_exact(SUMS * padded)) {
-        add(s, sums, panel, |q| &errors[q * padded + from..(q + 1) * padded]);
-    }
-    for (sum, errors) in rest.iter_mut().zip(last.chunks_exact(padded)) {
-        add(s, std::array::from_mut(sum), panel, |_| &errors[from..]);
-    }
-}
-
-/// `sums[q] += sum over b of errors of row q [b] * panel[b]`, in the order of b.
-#[inline(always)]
-fn add<'a, S: Simd, const N: usize>(
-    s: S,
-    sums: &mut [[f32; LANES]; N],
-    panel: &[[f32; LANES]],
-    errors: impl Fn(usize) -> &'a [f32],
-) {
-    let errors: [&[f32]; N] = std::array::from_fn(|q| &errors(q)[..panel.len()]);
-    let mut all = [s.splat(0.0); N];
-    for q in 0..N {
-        all[q] = s.load(&sums[q]);
-    }
-    for (b, m) in panel.iter().enumerate() {
-        let m = s.load(m);
-        for q in 0..N {
-            all[q] = s.fma(s.splat(errors[q][b]), m, all[q]);
-        }
-    }
-    for q in 0..N {
-        s.store(all[q], &mut sums[q]);
-    }
-}
-
-/// The columns of a block, from the last to the first.
+/// The columns of a block, from the last to the first, for one lot.
 struct Within<'a, D> {
     feedback: &'a Feedback,
     block: Range<usize>,
-    weights: &'a [f32],
-    errors: &'a mut [f32],
-    sums: &'a [f32],
-    totals: &'a mut [f64],
+    lot: usize,
+    weights: &'a [[f32; LANES]],
+    errors: &'a mut [[f32; LANES]],
+    sums: &'a mut [f32],
+    totals: &'a mut [f64; LANES],
     decide: &'a mut D,
 }
 
@@ -164,48 +152,31 @@ impl<D: Decide> SimdOp for Within<'_, D> {
     type Output = ();
 
     #[inline(always)]
-    fn eval<S: Simd>(mut self, s: S) {
-        let rows = self.totals.len();
-        let mut row = 0;
-        while row + SUMS <= rows {
-            self.rows::<S, SUMS>(s, row);
-            row += SUMS;
-        }
-        for row in row..rows {
-            self.rows::<S, 1>(s, row);
-        }
-    }
-}
-
-impl<D: Decide> Within<'_, D> {
-    /// N rows, from `row` on.
-    #[inline(always)]
-    fn rows<S: Simd, const N: usize>(&mut self, s: S, row: usize) {
-        let (padded, rows) = (self.feedback.padded(), self.totals.len());
-        let sums = self.sums.as_chunks::<LANES>().0;
-        let behind = self.block.end * LANES;
-        for (q, j) in self.block.clone().enumerate().rev() {
-            let (own, after) = self.feedback.panels[j].split_at(TILE);
-            let (own, after) = (own.as_chunks::<LANES>().0, after.as_chunks::<LANES>().0);
+    fn eval<S: Simd>(self, s: S) {
+        let Within { feedback, block, lot, weights, errors, sums, totals, decide } = self;
+        let behind = block.end * LANES;
+        for (asked, j) in sums.chunks_exact_mut(TILE).zip(block).rev() {
+            let (own, after) = feedback.panels[j].split_at(TILE);
             let from = (j + 1) * LANES;
-            let mut asked: [[f32; LANES]; N] = std::array::from_fn(|r| sums[q * rows + row + r]);
-            let errors = &*self.errors;
-            add(s, &mut asked, &after[..behind - from], |r| &errors[(row + r) * padded..][from..behind]);
+            accumulate::<S, false>(s, asked, &after[..(behind - from) * LANES], errors[from..behind].as_flattened());
+            let (own, asked) = (own.as_chunks::<LANES>().0, asked.as_chunks_mut::<LANES>().0);
+            let mut grown = s.splat(0.0);
             for a in (0..LANES).rev() {
                 let at = j * LANES + a;
-                for r in 0..N {
-                    let place = (row + r) * padded + at;
-                    let weight = self.weights[place];
-                    let best = weight + asked[r][a];
-                    let value = self.decide.decide(row + r, at, best);
-                    let error = weight - value;
-                    self.errors[place] = error;
-                    let left = (best - value) as f64;
-                    self.totals[row + r] += self.feedback.pivots[at] as f64 * left * left;
-                    let carried = s.fma(s.splat(error), s.load(&own[a]), s.load(&asked[r]));
-                    s.store(carried, &mut asked[r]);
+                let weight = s.load(&weights[at]);
+                let best = s.add(weight, s.load(&asked[a]));
+                let value = decide.decide(s, lot, at, best);
+                let error = s.sub(weight, value);
+                s.store(error, &mut errors[at]);
+                let left = s.sub(best, value);
+                grown = s.fma(s.mul(left, left), s.splat(feedback.pivots[at]), grown);
+                for (asked, by) in asked.iter_mut().zip(&own[a][..a]) {
+                    s.store(s.fma(error, s.splat(*by), s.load(asked)), asked);
                 }
             }
+            let mut lanes = [0f32; LANES];
+            s.store(grown, &mut lanes);
+            totals.iter_mut().zip(lanes).for_each(|(total, grown)| *total += f64::from(grown));
         }
     }
 }

@@ -9,11 +9,19 @@
 //! ```
 //! Rounding `best` is YAQA (arXiv 2505.22988); with G the identity it is GPTQ.
 
-use super::feedback::{SUMS, add_rows};
-use super::{Decide, Feedback, TILE};
+use super::{Feedback, TILE};
 use nibble_kernels::Isa;
 use nibble_kernels::simd::{self, LANES, Simd, SimdOp};
 use rayon::prelude::*;
+
+/// Rows whose sums are in registers together.
+const SUMS: usize = 4;
+
+/// Decides about one value.
+pub trait DecideOne {
+    /// The value that place `at` of row `row` takes, both as they come, where `best` would make up for all errors so far.
+    fn decide(&mut self, row: usize, at: usize, best: f32) -> f32;
+}
 
 /// The two sides.
 pub struct Pair<'a> {
@@ -23,7 +31,7 @@ pub struct Pair<'a> {
 
 impl Pair<'_> {
     /// Goes through all places and gives the error, damping included. `weights` are (rows, padded columns), by place.
-    pub fn run(&self, weights: &[f32], decide: &mut impl Decide) -> f64 {
+    pub fn run(&self, weights: &[f32], decide: &mut impl DecideOne) -> f64 {
         let padded = self.cols.padded();
         // d and e of every place, and what later columns ask of a panel.
         let mut errors = vec![0f32; weights.len()];
@@ -65,6 +73,44 @@ impl SimdOp for Later<'_> {
     }
 }
 
+/// `sums[row] += sum over b of errors[row][from + b] * panel[b]`: `sums` are (rows, 16), `errors` (rows, padded).
+#[inline(always)]
+fn add_rows<S: Simd>(s: S, sums: &mut [f32], panel: &[f32], errors: &[f32], padded: usize, from: usize) {
+    let panel = panel.as_chunks::<LANES>().0;
+    let (fours, rest) = sums.as_chunks_mut::<LANES>().0.as_chunks_mut::<SUMS>();
+    let (errors, last) = errors.split_at(fours.len() * SUMS * padded);
+    for (sums, errors) in fours.iter_mut().zip(errors.chunks_exact(SUMS * padded)) {
+        add(s, sums, panel, |q| &errors[q * padded + from..(q + 1) * padded]);
+    }
+    for (sum, errors) in rest.iter_mut().zip(last.chunks_exact(padded)) {
+        add(s, std::array::from_mut(sum), panel, |_| &errors[from..]);
+    }
+}
+
+/// `sums[q] += sum over b of errors of row q [b] * panel[b]`, in the order of b.
+#[inline(always)]
+fn add<'a, S: Simd, const N: usize>(
+    s: S,
+    sums: &mut [[f32; LANES]; N],
+    panel: &[[f32; LANES]],
+    errors: impl Fn(usize) -> &'a [f32],
+) {
+    let errors: [&[f32]; N] = std::array::from_fn(|q| &errors(q)[..panel.len()]);
+    let mut all = [s.splat(0.0); N];
+    for q in 0..N {
+        all[q] = s.load(&sums[q]);
+    }
+    for (b, m) in panel.iter().enumerate() {
+        let m = s.load(m);
+        for q in 0..N {
+            all[q] = s.fma(s.splat(errors[q][b]), m, all[q]);
+        }
+    }
+    for q in 0..N {
+        s.store(all[q], &mut sums[q]);
+    }
+}
+
 /// One panel of columns, all rows.
 struct Panel<'a, D> {
     rows: &'a Feedback,
@@ -79,7 +125,7 @@ struct Panel<'a, D> {
     decide: &'a mut D,
 }
 
-impl<D: Decide> SimdOp for Panel<'_, D> {
+impl<D: DecideOne> SimdOp for Panel<'_, D> {
     type Output = f64;
 
     #[inline(always)]
@@ -152,7 +198,7 @@ mod tests {
         padded: usize,
     }
 
-    impl Decide for Whole<'_> {
+    impl DecideOne for Whole<'_> {
         fn decide(&mut self, row: usize, at: usize, best: f32) -> f32 {
             self.values[row * self.padded + at] = best.round();
             best.round()
