@@ -2,9 +2,12 @@
 
 use crate::gate;
 use anyhow::{Context as _, Result, bail};
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use nibble_models::{ModelConfig, Tokenizer, gguf_sidecars};
 use nibble_quant::format::gguf::GgufCheckpoint;
 use nibble_quant::format::{self, TensorSource};
+use nibble_quant::stats::Turn;
+use nibble_quant::transform::{Arguments, Kind, TRANSFORMS, transform};
 use std::path::{Path, PathBuf};
 
 /// A checkpoint's tensors, as they are or rewritten while they are read, and what goes with them.
@@ -16,16 +19,17 @@ pub struct Origin<'a> {
 }
 
 impl<'a> Origin<'a> {
-    /// A checkpoint as it is.
-    pub fn new(path: &'a Path, source: &'a dyn TensorSource) -> Origin<'a> {
-        Origin { path, source, config: None }
-    }
-
-    /// The checkpoint of `path` with its residual stream turned, so that its output head has weights of its own.
+    /// The checkpoint of `path` as it is, or with its residual stream [turned](turn), so that its output head has weights of
+    /// its own.
     ///
     /// # Errors
-    /// It has no config.json, or norms that can't be folded.
-    pub fn turned(path: &'a Path, source: &'a dyn TensorSource) -> Result<Origin<'a>> {
+    /// It is turned and has no config.json, or norms that can't be folded.
+    pub fn new(
+        path: &'a Path,
+        source: &'a dyn TensorSource,
+        turned: Option<&'a dyn TensorSource>,
+    ) -> Result<Origin<'a>> {
+        let Some(source) = turned else { return Ok(Origin { path, source, config: None }) };
         let config = gate::sidecars(path)?.need("config.json")?;
         let config = rewritten(&path.join("config.json"), &config, true, None)?;
         Ok(Origin { path, source, config: Some(config) })
@@ -64,6 +68,22 @@ impl<'a> Origin<'a> {
         files.retain(|(name, _)| name.as_os_str() != "config.json");
         files.push((PathBuf::from("config.json"), config.clone()));
     }
+}
+
+/// A checkpoint's tensors turned while they are read, if they are to be.
+///
+/// # Errors
+/// As [`Transform::apply`](nibble_quant::transform::Transform::apply).
+pub fn turn<'a>(source: &'a dyn TensorSource, by: Option<&Turn>) -> Result<Option<Box<dyn TensorSource + 'a>>> {
+    let Some(by) = by else { return Ok(None) };
+    let arguments = Arguments { seed: by.seed, stats: None };
+    Ok(Some(transform(&by.rotation)?.apply(source, &arguments)?))
+}
+
+/// The table of rotations as words to type.
+pub fn rotations() -> PossibleValuesParser {
+    let rotations = TRANSFORMS.iter().filter(|row| matches!(row.kind, Kind::Rotation(_)));
+    PossibleValuesParser::new(rotations.map(|row| PossibleValue::new(row.name).help(row.summary)))
 }
 
 /// config.json of the same model rewritten: with an output head of its own if it gets one, and weights in another type.

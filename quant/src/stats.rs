@@ -11,6 +11,7 @@ pub use crate::linalg::Symmetric;
 
 use crate::error::Result;
 use crate::{QuantError, linalg};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -259,9 +260,36 @@ pub struct Stats {
     pub inputs: BTreeMap<String, Arc<Input>>,
     /// What they were made from, in words.
     pub made_from: String,
+    /// How the model was turned before it was observed.
+    pub turned: Option<Turn>,
+}
+
+/// A rotation of the residual stream, a row of [`TRANSFORMS`](crate::transform::TRANSFORMS).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Turn {
+    /// The row's name.
+    pub rotation: String,
+    /// Where its random numbers start.
+    pub seed: u64,
 }
 
 impl Stats {
+    /// Refuses statistics of a model that was turned otherwise than the one that they are to be used for.
+    ///
+    /// # Errors
+    /// It was.
+    pub fn check_turn(&self, wanted: Option<&Turn>) -> Result<()> {
+        let words = |turn: Option<&Turn>| match turn {
+            Some(Turn { rotation, seed }) => format!("the model turned by `{rotation}` with seed {seed}"),
+            None => "the model as it is".into(),
+        };
+        if self.turned.as_ref() == wanted {
+            return Ok(());
+        }
+        let why = format!("they are of {}, wanted of {}", words(self.turned.as_ref()), words(wanted));
+        Err(QuantError::Spec { what: "statistics".into(), why })
+    }
+
     /// Bytes that a conversion holds for these: all Gram matrices, and for each thread the largest one four times, as a
     /// factor in the making and as it is used, and in rows.
     pub fn conversion_bytes(&self, threads: usize) -> u64 {

@@ -1,7 +1,7 @@
 //! Laws of what calibration keeps, its files, and the algorithms that use it.
 
 use nibble_quant::algo::{AlgoInput, algorithm, learn_levels, weighted_error};
-use nibble_quant::stats::{Factored, Input, Stats, Symmetric, gram_bytes};
+use nibble_quant::stats::{Factored, Input, Stats, Symmetric, Turn, gram_bytes};
 use nibble_quant::{ALGORITHMS, Grid, OutlierSpec, PRESETS, QTensor, QuantSpec};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -282,6 +282,28 @@ fn a_file_gives_back_what_was_written() {
 }
 
 #[test]
+fn statistics_of_a_turned_model_say_so_and_serve_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let turn = |rotation: &str, seed: u64| Turn { rotation: rotation.into(), seed };
+    let written = Stats { turned: Some(turn("hadamard", 7)), ..stats() };
+    let path = folder.path().join("model.stats");
+    written.write(&path).unwrap();
+    let read = Stats::read(&path).unwrap();
+    assert_eq!(read.turned, written.turned);
+    read.check_turn(Some(&turn("hadamard", 7))).unwrap();
+    for other in [None, Some(&turn("hadamard", 8)), Some(&turn("cayley", 7))] {
+        let why = read.check_turn(other).unwrap_err().to_string();
+        assert!(why.contains("turned by `hadamard` with seed 7"), "{why}");
+    }
+    stats().check_turn(None).unwrap();
+    stats().check_turn(Some(&turn("none", 0))).unwrap_err();
+    let imatrix = folder.path().join("imatrix.gguf");
+    let why = written.write(&imatrix).unwrap_err().to_string();
+    assert!(why.contains("imatrix.gguf") && why.contains("can't say how its model was turned"), "{why}");
+    assert!(!imatrix.exists());
+}
+
+#[test]
 fn an_imatrix_gives_back_second_moments_under_the_same_names() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("imatrix.gguf");
@@ -401,7 +423,7 @@ fn gradients_survive_a_file_and_wrong_ones_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.stats");
     let input = Arc::new(observed_on_both_sides(50, ROWS));
-    let written = Stats { inputs: [("w".to_owned(), Arc::clone(&input))].into(), made_from: String::new() };
+    let written = Stats { inputs: [("w".to_owned(), Arc::clone(&input))].into(), ..Stats::default() };
     written.write(&path).unwrap();
     let read = Stats::read(&path).unwrap();
     assert_eq!((read.inputs["w"].gram(), read.inputs["w"].outputs()), (input.gram(), input.outputs()));

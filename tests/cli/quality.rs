@@ -178,8 +178,30 @@ fn a_conversion_that_turns_is_a_transform_and_a_conversion() {
     std::fs::write(place.path("scales.toml"), recipe.replace("hadamard", "awq")).unwrap();
     let refused = place.run(&["quantize", "float", "-o", "none", "--recipe", "scales.toml"]);
     assert!(refused.error(2).contains("`nibble transform` does that"), "{}", refused.stderr);
-    place.run(&["calibrate", "float", "--calib", "text", "-o", "stats"]).ok();
-    let refused = place.run(&["quantize", "float", "-o", "none", "--rotate", "hadamard", "--stats", "stats"]);
-    assert!(refused.error(2).contains("--calib FILE observes the turned one"), "{}", refused.stderr);
+    // Statistics are of one model or the other, and say so.
+    let calibrate = ["calibrate", "float", "--calib", "text", "-o"];
+    place.run(&[&calibrate[..], &["as-it-is"]].concat()).ok();
+    place.run(&[&calibrate[..], &["turned.stats", "--rotate", "hadamard", "--seed", "5"]].concat()).ok();
+    let quantize = ["quantize", "float", "--no-eval", "--effort", "max", "-o"];
+    let turned = ["--rotate", "hadamard", "--seed", "5", "--stats", "turned.stats"];
+    place.run(&[&quantize[..], &["from-stats"], &turned].concat()).ok();
+    assert_eq!(place.run(&["diff", "once-1", "from-stats", "--json"]).json()["identical"], true);
+    let others: [(&[&str], &str); 3] = [
+        (&["--stats", "turned.stats"], "turned by `hadamard` with seed 5, wanted of the model as it is"),
+        (&["--stats", "turned.stats", "--rotate", "hadamard"], "wanted of the model turned by `hadamard` with seed 0"),
+        (
+            &["--stats", "as-it-is", "--rotate", "hadamard"],
+            "they are of the model as it is, wanted of the model turned",
+        ),
+    ];
+    for (words, why) in others {
+        let refused = place.run(&[&quantize[..], &["none"], words].concat());
+        assert!(refused.error(2).contains(why), "{words:?}: {}", refused.stderr);
+    }
+    let refused = place.run(&["transform", "float", "-o", "none", "--rotate", "awq", "--stats", "turned.stats"]);
+    assert!(refused.error(2).contains("wanted of the model as it is"), "{}", refused.stderr);
+    let refused = place.run(&[&calibrate[..], &["imatrix.gguf", "--rotate", "hadamard"]].concat());
+    assert!(refused.error(2).contains("an imatrix can't say"), "{}", refused.stderr);
+    assert!(!place.path("imatrix.gguf").exists());
     assert!(!place.path("none").exists());
 }

@@ -3,7 +3,7 @@
 use super::Run;
 use crate::arguments::Threads;
 use crate::failure::Stopped;
-use crate::origin::{Origin, open};
+use crate::origin::{Origin, open, rotations, turn};
 use crate::output;
 use crate::progress::{Meter, duration};
 use crate::session::Session;
@@ -16,6 +16,8 @@ use nibble_models::decoder::Decoder;
 use nibble_models::eval::beginning;
 use nibble_models::gradient::calibrate_gradients;
 use nibble_models::weights::Weights;
+use nibble_quant::QuantError;
+use nibble_quant::stats::Turn;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,6 +39,12 @@ pub struct Calibrate {
     output: PathBuf,
     #[command(flatten)]
     words: CalibrationWords,
+    /// Observe the model as `quantize --rotate` turns it, for that
+    #[arg(long, value_name = "HOW", value_parser = rotations())]
+    rotate: Option<String>,
+    /// Seed of --rotate
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
     #[command(flatten)]
     threads: Threads,
 }
@@ -67,10 +75,18 @@ impl Run for Calibrate {
         let start = Instant::now();
         let mut words = self.words.clone();
         if self.output.extension().is_some_and(|e| e == "gguf") {
+            if self.rotate.is_some() {
+                let why = "an imatrix can't say how its model was turned; name a file of nibble's own".into();
+                return Err(QuantError::Spec { what: "--rotate".into(), why }.into());
+            }
             words.gram_memory = 0;
         }
+        let rotation = self.rotate.map(|rotation| Turn { rotation, seed: self.seed });
         let (source, _) = open(&path)?;
-        let calibration = words.run(session, &Origin::new(&path, &*source), text, self.threads)?;
+        let turned = turn(&*source, rotation.as_ref())?;
+        let origin = Origin::new(&path, &*source, turned.as_deref())?;
+        let mut calibration = words.run(session, &origin, text, self.threads)?;
+        calibration.stats.turned = rotation;
         calibration.stats.write(&self.output)?;
         let seconds = start.elapsed().as_secs_f64();
         if session.json {

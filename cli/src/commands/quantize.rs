@@ -8,7 +8,7 @@ use super::calibrate::{CalibrationWords, in_words, open_text};
 use crate::arguments::Threads;
 use crate::classes::{bits_per_weight, class, group, is_linear};
 use crate::gate::{self, Gate, GateWords};
-use crate::origin::{Origin, open};
+use crate::origin::{Origin, open, rotations, turn};
 use crate::output::{self, Table};
 use crate::planning::Wishes;
 use crate::progress::{Meter, duration};
@@ -23,8 +23,7 @@ use nibble_models::trial::{TEXT, TrialReport};
 use nibble_quant::convert::{self, Judge, Options, Plan, Report};
 use nibble_quant::format::{OutputOptions, Stored, TensorInfo};
 use nibble_quant::manifest::TensorRecord;
-use nibble_quant::stats::Stats;
-use nibble_quant::transform::{Arguments, Kind, TRANSFORMS};
+use nibble_quant::stats::{Stats, Turn};
 use nibble_quant::{ALGORITHMS, QuantError, Recipe, Role, presets};
 use sequential::SequentialWords;
 use serde::Serialize;
@@ -108,12 +107,6 @@ fn algorithms() -> PossibleValuesParser {
     PossibleValuesParser::new(ALGORITHMS.iter().map(|a| PossibleValue::new(a.name).help(a.summary)))
 }
 
-/// The table of rotations as words to type.
-fn rotations() -> PossibleValuesParser {
-    let rotations = TRANSFORMS.iter().filter(|row| matches!(row.kind, Kind::Rotation(_)));
-    PossibleValuesParser::new(rotations.map(|row| PossibleValue::new(row.name).help(row.summary)))
-}
-
 /// How much work to put into codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Effort {
@@ -155,9 +148,10 @@ impl Run for Quantize {
         if self.rotate.is_some() {
             recipe.rotate.clone_from(&self.rotate);
         }
-        if recipe.rotate.is_some() && self.stats.is_some() {
-            let why = "they are of the model as it is, not as it is turned: --calib FILE observes the turned one";
-            return Err(QuantError::Spec { what: "--stats".into(), why: why.into() }.into());
+        let rotation = recipe.rotate.clone().map(|rotation| Turn { rotation, seed: self.seed });
+        let observed = self.stats.as_deref().map(Stats::read).transpose()?;
+        if let Some(stats) = &observed {
+            stats.check_turn(rotation.as_ref())?;
         }
         let (opened, mut extra) = open(&path)?;
         let coded = |info: &&TensorInfo| matches!(info.stored, Stored::Blocks(block) if block.plain.is_none());
@@ -165,12 +159,8 @@ impl Run for Quantize {
             let (path, stored) = (path.display(), stored.name());
             session.remark(format!("{path}: `{name}` is {stored} already; quantizing again adds to its error"));
         }
-        let arguments = Arguments { seed: self.seed, stats: None };
-        let turned = recipe.rotation()?.map(|row| row.apply(&*opened, &arguments)).transpose()?;
-        let origin = match &turned {
-            Some(turned) => Origin::turned(&path, &**turned)?,
-            None => Origin::new(&path, &*opened),
-        };
+        let turned = turn(&*opened, rotation.as_ref())?;
+        let origin = Origin::new(&path, &*opened, turned.as_deref())?;
         let source = origin.source();
         origin.add_config(&mut extra);
         let calibrated = self.calibration.calib.is_some() || self.stats.is_some();
@@ -180,8 +170,8 @@ impl Run for Quantize {
             false => self.gate.gate(session, &path, calibrated, self.force, self.threads.count())?,
         };
         let by_blocks = self.by_blocks(source, &recipe)?;
-        let stats = match (&self.calibration.calib, &self.stats) {
-            (_, Some(file)) => Stats::read(file)?,
+        let stats = match (&self.calibration.calib, observed) {
+            (_, Some(stats)) => stats,
             // Each block is observed when its turn comes; only an allocation has to know all of them before.
             (Some(_), None) if by_blocks && self.target().is_none() => Stats::default(),
             (Some(text), None) => {

@@ -76,6 +76,9 @@ impl Run for Transform {
             *bytes = rewritten(name, bytes, matches!(row.kind, Kind::Rotation(_)), Some("float32"))?;
         }
         let stats = self.stats.as_deref().map(Stats::read).transpose()?;
+        if let Some(stats) = &stats {
+            stats.check_turn(None)?;
+        }
         let arguments = Arguments { seed: self.seed, stats: stats.as_ref() };
         let transformed = row.apply(&*source, &arguments)?;
         let options = Options {

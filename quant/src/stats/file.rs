@@ -1,11 +1,11 @@
 //! Statistics in a file: nibble's own, which is safetensors, or llama.cpp's imatrix.
 //!
 //! ```text
-//! metadata   "nibble.stats" = {"version": 1, "made_from": "...", "sites": [{"tensors": [...], "rows": n, "width": k}]}
+//! metadata   "nibble.stats" = {"version": 1, "made_from": "...", "turned": {"rotation": "hadamard", "seed": 0}, "sites": [{"tensors": [...], "rows": n, "width": k}]}
 //! tensors    "<first tensor>.squares" F64 (k)   ".absmax" F32 (k)   ".gram" F32 (tiles of the lower triangle), if kept
 //! ```
 
-use super::{Input, Stats, imatrix};
+use super::{Input, Stats, Turn, imatrix};
 use crate::error::Result;
 use crate::format::{damaged, io_error};
 use crate::linalg::Symmetric;
@@ -23,6 +23,8 @@ const VERSION: u32 = 1;
 struct Header {
     version: u32,
     made_from: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    turned: Option<Turn>,
     sites: Vec<Site>,
 }
 
@@ -54,7 +56,7 @@ impl Stats {
             return Err(damaged(path, format!("statistics of version {}, wanted {VERSION}", header.version)));
         }
         let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(path, e.to_string()))?;
-        let mut stats = Stats { made_from: header.made_from, ..Stats::default() };
+        let mut stats = Stats { made_from: header.made_from, turned: header.turned, ..Stats::default() };
         for site in header.sites {
             let input = Arc::new(site.read(&file).map_err(|why| damaged(path, why))?);
             stats.inputs.extend(site.tensors.into_iter().map(|name| (name, Arc::clone(&input))));
@@ -66,9 +68,12 @@ impl Stats {
     /// under its name only when it is whole.
     ///
     /// # Errors
-    /// It can't be written.
+    /// It can't be written, or is an imatrix of a turned model, which no imatrix can say.
     pub fn write(&self, path: &Path) -> Result<()> {
         let bytes = match path.extension().is_some_and(|e| e == "gguf") {
+            true if self.turned.is_some() => {
+                return Err(damaged(path, "an imatrix can't say how its model was turned"));
+            }
             true => imatrix::bytes(self),
             false => self.bytes().map_err(|why| damaged(path, why))?,
         };
@@ -97,7 +102,8 @@ impl Stats {
             let outputs = input.outputs.as_ref().map(Symmetric::width);
             sites.push(Site { tensors, rows: input.rows, width: input.width(), outputs });
         }
-        let header = Header { version: VERSION, made_from: self.made_from.clone(), sites };
+        let (made_from, turned) = (self.made_from.clone(), self.turned.clone());
+        let header = Header { version: VERSION, made_from, turned, sites };
         let header = serde_json::to_string(&header).map_err(|e| e.to_string())?;
         let views = parts.iter().map(|(name, dtype, bytes)| {
             let count = bytes.len() * 8 / dtype.bitsize();
