@@ -6,7 +6,8 @@
 #
 # NIBBLE is the program, FOLDER takes the checkpoints (about 3 GB). What is there already isn't made again. Prints one
 # line of JSON a way. NAMEs choose ways; all of them without. TOKENS of calibration (16384), those that gradients are of
-# (GRADIENT_TOKENS, 5120) and --activations (ACTIVATIONS, auto) come from the environment. scripts/quality_peers.sh scores llama.cpp's files of the same checkpoint.
+# (GRADIENT_TOKENS, 5120), --activations (ACTIVATIONS, auto) and the text to calibrate on (CALIB: a file, or `self`) come
+# from the environment. scripts/quality_peers.sh scores llama.cpp's files of the same checkpoint.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [ $# -ge 2 ] || die "usage: quality.sh NIBBLE FOLDER [CHUNKS [NAME...]]"
@@ -16,13 +17,15 @@ mkdir -p "$FOLDER"
 bash "$REPO/scripts/fetch_assets.sh" smollm2 texts
 GGUF="$CACHE/assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FLOAT="$FOLDER/offgrid" TOKENS="${TOKENS:-16384}" ACTIVATIONS="${ACTIVATIONS:-auto}"
+# What is made of another text has its name.
+MARK="${CALIB:+.$(basename "$CALIB" .txt)}" CALIB="${CALIB:-$CACHE/texts/calib.txt}"
 [ -d "$FLOAT" ] || "$NIBBLE" transform "$GGUF" -o "$FLOAT" --rotate cayley --seed 0 --quiet
 
 # stats NAME CHECKPOINT FLAG...: statistics of a checkpoint; prints their file.
 stats() {
-    local file="$FOLDER/$1.$TOKENS.stats" model="$2"
+    local file="$FOLDER/$1.$TOKENS$MARK.stats" model="$2"
     shift 2
-    [ -f "$file" ] || "$NIBBLE" calibrate "$model" --calib "$CACHE/texts/calib.txt" --calib-tokens "$TOKENS" -o "$file" --quiet "$@" >&2
+    [ -f "$file" ] || "$NIBBLE" calibrate "$model" --calib "$CALIB" --calib-tokens "$TOKENS" -o "$file" --quiet "$@" >&2
     printf '%s\n' "$file"
 }
 
@@ -37,12 +40,12 @@ wanted() { [ "${#WANTED[@]}" -eq 0 ] || [[ " ${WANTED[*]} " == *" $1 "* ]]; }
 
 # of MODEL NAME FLAG...: one conversion of a checkpoint and its score.
 of() {
-    local model="$1" name="$2" out="$FOLDER/$2.$TOKENS"
+    local model="$1" name="$2" out="$FOLDER/$2.$TOKENS$MARK"
     shift 2
     [ -d "$out" ] || "$NIBBLE" quantize "$model" -o "$out" --no-eval --json "$@" >"$out.log"
     local bits
     bits="$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["bits_per_linear_weight"])' "$out.log")"
-    printf '{"way": "%s", "bits": %.4f, "tokens": %s, "activations": "%s", "eval": %s}\n' "$name" "$bits" "$TOKENS" "$ACTIVATIONS" \
+    printf '{"way": "%s", "bits": %.4f, "tokens": %s, "calib": "%s", "activations": "%s", "eval": %s}\n' "$name" "$bits" "$TOKENS" "$(basename "$CALIB")" "$ACTIVATIONS" \
         "$("$NIBBLE" eval "$out" --reference "$FLOAT" --text "$CACHE/texts/eval.txt" --chunks "$CHUNKS" --activations "$ACTIVATIONS" --json | tr -d '\n')"
 }
 
@@ -59,7 +62,7 @@ turned() {
     of "$model" "$name" "$@" --stats "$(stats "$how" "$model")"
 }
 # text NAME FLAG...: block by block over the calibration text.
-text() { wanted "$1" || return 0; of "$FLOAT" "$@" --calib "$CACHE/texts/calib.txt" --calib-tokens "$TOKENS"; }
+text() { wanted "$1" || return 0; of "$FLOAT" "$@" --calib "$CALIB" --calib-tokens "$TOKENS"; }
 # allocated NAME BITS HOW FLAG...: bits by gradients (of GRADIENT_TOKENS), everything else by statistics of inputs; of the
 # checkpoint rewritten as HOW says, or `as-it-is`.
 allocated() {
@@ -67,12 +70,12 @@ allocated() {
     local name="$1" bits="$2" how="$3" model="$FLOAT" prefix="" recipe rules=() rule
     shift 3
     [ "$how" = as-it-is ] || model="$(transformed "$how")" prefix="$how-"
-    recipe="$FOLDER/$prefix$bits.toml"
+    recipe="$FOLDER/$prefix$bits$MARK.toml"
     [ -f "$recipe" ] || "$NIBBLE" quantize "$model" -o "$FOLDER/none" --dry-run --quiet --fixed-levels --target-bpw "$bits" \
         --stats "$(TOKENS="${GRADIENT_TOKENS:-5120}" stats "${prefix}both" "$model" --gradients)" --save-recipe "$recipe" >/dev/null
     while IFS= read -r rule; do rules+=(--rule "$rule"); done < <(python3 "$REPO/scripts/peers/rules.py" "$recipe")
     case " $* " in
-    *" autoround "*) set -- --calib "$CACHE/texts/calib.txt" --calib-tokens "$TOKENS" "$@" ;;
+    *" autoround "*) set -- --calib "$CALIB" --calib-tokens "$TOKENS" "$@" ;;
     *) set -- --stats "$(stats "${how/as-it-is/inputs}" "$model")" "$@" ;;
     esac
     of "$model" "$name" "${rules[@]}" "$@"

@@ -5,7 +5,7 @@
 #   scripts/quality_peers.sh FOLDER [CHUNKS [TYPE...]]
 #
 # FOLDER has `offgrid` from quality.sh. What is there already isn't made again. Prints one line of JSON a type. A TYPE
-# that ends in -plain has no importance matrix. The base of the divergences takes 50 MB a chunk.
+# that ends in -plain has no importance matrix. CALIB names another calibration text. The base of the divergences takes 50 MB a chunk.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [ $# -ge 1 ] || die "usage: quality_peers.sh FOLDER [CHUNKS [TYPE...]]"
@@ -17,10 +17,11 @@ bash "$REPO/scripts/fetch_assets.sh" smollm2 texts
 BIN="$(bash "$REPO/scripts/bench_peers.sh")"
 [ -n "${NIBBLE_ORACLES:-}" ] || install_oracles
 VOCABULARY="$CACHE/assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FLOAT="$FOLDER/offgrid.gguf" IMATRIX="$FOLDER/offgrid.imatrix.gguf" BASE="$FOLDER/offgrid.$CHUNKS.kld"
+FLOAT="$FOLDER/offgrid.gguf" MARK="${CALIB:+.$(basename "$CALIB" .txt)}" BASE="$FOLDER/offgrid.$CHUNKS.kld"
 LOG="$FOLDER/peers.log"
+IMATRIX="$FOLDER/offgrid.imatrix$MARK.gguf"
 [ -f "$FLOAT" ] || PYTHONPATH="$NIBBLE_ORACLES" python3 "$REPO/scripts/peers/to_gguf.py" "$FOLDER/offgrid" "$FLOAT" "$VOCABULARY" >&2
-[ -f "$IMATRIX" ] || "$BIN/llama-imatrix" -m "$FLOAT" -f "$CACHE/texts/calib.txt" -c 512 \
+[ -f "$IMATRIX" ] || "$BIN/llama-imatrix" -m "$FLOAT" -f "${CALIB:-$CACHE/texts/calib.txt}" -c 512 \
     --chunks $((${TOKENS:-16384} / 512)) -o "$IMATRIX" >>"$LOG" 2>&1
 # score BASE FLAG...
 score() {
@@ -32,7 +33,7 @@ score() {
 [ -f "$BASE" ] || { score "$BASE.part" -m "$FLOAT" >>"$LOG" && mv "$BASE.part" "$BASE"; }
 
 for type in "$@"; do
-    file="$FOLDER/offgrid.$type.gguf"
+    file="$FOLDER/offgrid.$type$MARK.gguf"
     matrix=(--imatrix "$IMATRIX")
     [ "${type%-plain}" = "$type" ] || matrix=()
     [ -f "$file" ] || "$BIN/llama-quantize" "${matrix[@]}" "$FLOAT" "$file" "${type%-plain}" >>"$LOG" 2>&1

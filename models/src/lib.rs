@@ -19,6 +19,7 @@ pub mod graph;
 pub mod hub;
 mod kept;
 pub mod model;
+pub mod own_text;
 pub mod qat;
 pub mod sample;
 pub mod sensitivity;

@@ -205,3 +205,50 @@ fn a_conversion_that_turns_is_a_transform_and_a_conversion() {
     assert!(!place.path("imatrix.gguf").exists());
     assert!(!place.path("none").exists());
 }
+
+/// Lines of JSON are the texts that they hold, and a model can write its own text.
+#[test]
+fn calibration_reads_lines_of_json_and_what_the_model_writes_itself() {
+    let place = Place::new();
+    place.model("float", &["--hidden", "64", "--ffn", "96", "--heads", "2", "--kv-heads", "2"]);
+    let text = text(1300);
+    let (first, second) = text.split_at(text.len() / 2);
+    std::fs::write(place.path("plain.txt"), format!("{first}\n\n{second}")).unwrap();
+    let lines = [
+        serde_json::json!({"text": first, "source": "a book"}).to_string(),
+        serde_json::json!({"messages": [{"role": "user", "content": second}]}).to_string(),
+    ];
+    std::fs::write(place.path("lines.jsonl"), lines.join("\n") + "\n\n").unwrap();
+    let calibrate = |text: &str, out: &str, more: &[&str]| {
+        let words = ["calibrate", "float", "--calib", text, "-o", out, "--calib-tokens", "1024"];
+        place.run(&[&words[..], more].concat())
+    };
+    let stats = |out: &str| {
+        let bytes = std::fs::read(place.path(out)).unwrap();
+        // What the text is called is the only difference.
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        bytes[8 + header..].to_vec()
+    };
+    for text in ["plain.txt", "lines.jsonl", "self"] {
+        calibrate(text, text.split('.').next().unwrap(), &[]).ok();
+    }
+    assert!(stats("plain") == stats("lines"));
+    assert!(stats("plain") != stats("self"));
+    calibrate("self", "again", &["--threads", "3"]).ok();
+    assert!(stats("self") == stats("again"), "the same text on any number of threads");
+    let quantize = ["quantize", "float", "--no-eval", "-o"];
+    place.run(&[&quantize[..], &["by-stats", "--stats", "self"]].concat()).ok();
+    place.run(&[&quantize[..], &["by-self", "--calib", "self", "--calib-tokens", "1024"]].concat()).ok();
+    assert_eq!(place.run(&["diff", "by-stats", "by-self", "--json"]).json()["identical"], true);
+    place
+        .run(&[&quantize[..], &["by-blocks", "--calib", "self", "--calib-tokens", "1024", "--sequential"]].concat())
+        .ok();
+    for (line, why) in [("{\"title\": \"none\"}", "line 2: an object without `text`"), ("{\"text\"", "line 2")] {
+        std::fs::write(place.path("bad.jsonl"), format!("{}\n{line}\n", lines[0])).unwrap();
+        let refused = calibrate("bad.jsonl", "none", &[]);
+        assert!(refused.error(1).contains(why), "{}", refused.stderr);
+    }
+    let refused = place.run(&["calibrate", "float", "--calib", "self", "-o", "none", "--calib-tokens", "5"]);
+    assert!(refused.error(1).contains("0 sequences"), "{}", refused.stderr);
+    assert!(!place.path("none").exists());
+}

@@ -15,9 +15,11 @@ use nibble_models::cpu::CpuBackend;
 use nibble_models::decoder::Decoder;
 use nibble_models::eval::beginning;
 use nibble_models::gradient::calibrate_gradients;
+use nibble_models::own_text::{OwnTextPlan, own_text};
 use nibble_models::weights::Weights;
 use nibble_quant::QuantError;
 use nibble_quant::stats::Turn;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +29,8 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.stats
 Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.imatrix.gguf
+
+Example: nibble calibrate SmolLM2-135M-Instruct --calib self -o smol.stats
 
 Choose a text that is none of those that the model is judged by. A name that ends in .gguf gives llama.cpp's imatrix, which
 holds second moments only; GPTQ needs the Gram matrices that are kept otherwise.")]
@@ -49,10 +53,14 @@ pub struct Calibrate {
     threads: Threads,
 }
 
+/// The word for text that the model writes itself.
+const OWN_TEXT: &str = "self";
+
 /// How calibration goes.
 #[derive(Debug, Clone, clap::Args)]
 pub struct CalibrationWords {
-    /// Text to run the model over: what its layers read there says which errors matter
+    /// Text to run the model over: what its layers read there says which errors matter. Of a .jsonl file the `text` of every
+    /// line, or its `messages`; the word `self` is for text that the model writes itself
     #[arg(long, value_name = "FILE")]
     pub calib: Option<PathBuf>,
     /// Most tokens of that text to run
@@ -109,16 +117,46 @@ impl CalibrationWords {
             tokens: Some(self.calib_tokens),
             gram_bytes: self.gram_memory << 20,
             bos: beginning(tokenizer)?,
-            text: text.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            text: match text == Path::new(OWN_TEXT) {
+                true => "text of its own".into(),
+                false => text.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            },
         })
+    }
+
+    /// The tokens of a text, or those that the model writes itself.
+    pub fn tokens(
+        &self,
+        session: &Session,
+        origin: &Origin<'_>,
+        text: &Path,
+        plan: &CalibrationPlan,
+        threads: Threads,
+    ) -> Result<Vec<u32>> {
+        let tokenizer = origin.tokenizer()?;
+        if text != Path::new(OWN_TEXT) {
+            return Ok(tokenizer.encode(&open_text(text)?, false)?);
+        }
+        let backend = CpuBackend::new(Arc::new(Pool::new(threads.count())), ActKind::F32);
+        let decoder = Decoder::load(&origin.config()?, Weights::new(origin.source()), backend)?;
+        let own = OwnTextPlan { tokens: self.calib_tokens, length: plan.n_ctx, bos: plan.bos, seed: 0 };
+        let meter = Meter::new(session, "write", "steps");
+        let written = own_text(&decoder, &tokenizer, &own, |done, of| {
+            if done == 1 {
+                meter.begin(of as u64, 0);
+            }
+            meter.add_thing("");
+            !session.stopped()
+        });
+        drop(meter);
+        Ok(written?)
     }
 
     /// Runs a model over a text.
     pub fn run(&self, session: &Session, origin: &Origin<'_>, text: &Path, threads: Threads) -> Result<Calibration> {
-        let content = open_text(text)?;
         let (config, tokenizer) = (origin.config()?, origin.tokenizer()?);
-        let tokens = tokenizer.encode(&content, false)?;
         let plan = self.plan(text, &tokenizer, config.max_positions)?;
+        let tokens = self.tokens(session, origin, text, &plan, threads)?;
         let meter = Meter::new(session, "calibrate", "chunks");
         let mut stopped = false;
         let progress = |done: usize, of: usize| {
@@ -145,10 +183,36 @@ impl CalibrationWords {
     }
 }
 
-/// A text of UTF-8.
+/// A text of UTF-8; of a .jsonl file the texts of its lines, one after the other.
 pub fn open_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).with_context(|| format!("can't read {}", path.display()))?;
-    String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", path.display()))
+    let text = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", path.display()))?;
+    if path.extension().is_none_or(|extension| extension != "jsonl") {
+        return Ok(text);
+    }
+    let mut texts = Vec::new();
+    for (line, number) in text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty()) {
+        let place = || format!("{}, line {number}", path.display());
+        let sample: Sample = serde_json::from_str(line).with_context(place)?;
+        texts.push(match (sample.text, sample.messages) {
+            (Some(text), _) => text,
+            (None, Some(messages)) => messages.into_iter().map(|m| m.content).collect::<Vec<_>>().join("\n\n"),
+            (None, None) => bail!("{}: an object without `text` and without `messages`", place()),
+        });
+    }
+    Ok(texts.join("\n\n"))
+}
+
+/// A line of a .jsonl file.
+#[derive(Deserialize)]
+struct Sample {
+    text: Option<String>,
+    messages: Option<Vec<Message>>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    content: String,
 }
 
 /// What was kept, in words.

@@ -4,7 +4,7 @@ mod page;
 mod sequential;
 
 use super::Run;
-use super::calibrate::{CalibrationWords, in_words, open_text};
+use super::calibrate::{CalibrationWords, in_words};
 use crate::arguments::Threads;
 use crate::classes::{bits_per_weight, class, group, is_linear};
 use crate::gate::{self, Gate, GateWords};

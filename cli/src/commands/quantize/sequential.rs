@@ -1,6 +1,6 @@
 //! The part of a conversion that goes through the model block by block.
 
-use super::{Quantize, open_text};
+use super::Quantize;
 use crate::origin::Origin;
 use crate::output;
 use crate::progress::Meter;
@@ -59,8 +59,8 @@ impl Quantize {
         let source = origin.source();
         let Some(text) = &self.calibration.calib else { bail!("block by block on which text? --calib FILE") };
         let (config, tokenizer) = (origin.config()?, origin.tokenizer()?);
-        let tokens = tokenizer.encode(&open_text(text)?, false)?;
         let calibration = self.calibration.plan(text, &tokenizer, config.max_positions)?;
+        let tokens = self.calibration.tokens(session, origin, text, &calibration, self.threads)?;
         let plan = SequentialPlan {
             calibration: &calibration,
             learning: Learning {
