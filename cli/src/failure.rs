@@ -3,6 +3,8 @@
 use crate::output::{self, ReaderGone};
 use crate::session::STOPPED;
 use anyhow::Error;
+use nibble_models::ModelError;
+use nibble_quant::QuantError;
 use serde_json::json;
 use std::process::ExitCode;
 
@@ -71,18 +73,26 @@ pub fn refuse_usage(refusal: &clap::Error) -> ExitCode {
 
 fn code(error: &Error) -> u8 {
     let stopped = |cause: &(dyn std::error::Error + 'static)| {
-        cause.is::<Stopped>() || matches!(cause.downcast_ref(), Some(nibble_quant::QuantError::Stopped))
+        cause.is::<Stopped>() || matches!(quant_error(cause), Some(QuantError::Stopped))
     };
     // A scheme, rule or flag that can't be met, and a word in the environment that means nothing, were typed by the user.
     let usage = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<Usage>()
             || matches!(cause.downcast_ref(), Some(nibble_kernels::KernelError::IsaName { .. }))
-            || matches!(cause.downcast_ref(), Some(nibble_quant::QuantError::Spec { .. }))
+            || matches!(quant_error(cause), Some(QuantError::Spec { .. }))
     };
     match () {
         () if error.chain().any(stopped) => STOPPED,
         () if error.chain().any(usage) => 2,
         () => 1,
+    }
+}
+
+/// What quantizing refused, also where a model's error stands for it: that one is transparent, and hides it from the chain.
+fn quant_error<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a QuantError> {
+    match cause.downcast_ref() {
+        Some(ModelError::Quant(why)) => Some(why),
+        _ => cause.downcast_ref(),
     }
 }
 
@@ -97,7 +107,10 @@ mod tests {
     #[test]
     fn exit_codes_follow_the_cause_at_any_depth() {
         assert_eq!(code(&Error::new(Usage("x".into())).context("deeper")), 2);
-        assert_eq!(code(&Error::new(nibble_quant::QuantError::Stopped).context("deeper")), STOPPED);
+        assert_eq!(code(&Error::new(QuantError::Stopped).context("deeper")), STOPPED);
+        assert_eq!(code(&Error::new(ModelError::Quant(QuantError::Stopped)).context("deeper")), STOPPED);
+        let spec = QuantError::Spec { what: "x".into(), why: "y".into() };
+        assert_eq!(code(&Error::new(ModelError::Quant(spec))), 2);
         assert_eq!(code(&Error::new(Stopped)), STOPPED);
         assert_eq!(code(&anyhow::anyhow!("anything else")), 1);
     }

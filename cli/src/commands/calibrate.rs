@@ -2,7 +2,6 @@
 
 use super::Run;
 use crate::arguments::Threads;
-use crate::failure::Stopped;
 use crate::origin::{Origin, open, rotations, turn};
 use crate::output;
 use crate::progress::{Meter, duration};
@@ -29,7 +28,6 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.stats
 Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.imatrix.gguf
-
 Example: nibble calibrate SmolLM2-135M-Instruct --calib self -o smol.stats
 
 Choose a text that is none of those that the model is judged by. A name that ends in .gguf gives llama.cpp's imatrix, which
@@ -158,14 +156,12 @@ impl CalibrationWords {
         let plan = self.plan(text, &tokenizer, config.max_positions)?;
         let tokens = self.tokens(session, origin, text, &plan, threads)?;
         let meter = Meter::new(session, "calibrate", "chunks");
-        let mut stopped = false;
         let progress = |done: usize, of: usize| {
             if done == 1 {
                 meter.begin(of as u64, 0);
             }
             meter.add_thing("");
-            stopped = session.stopped();
-            !stopped
+            !session.stopped()
         };
         let calibration = match self.gradients {
             false => {
@@ -176,9 +172,6 @@ impl CalibrationWords {
             true => calibrate_gradients(origin.source(), &config, &tokens, &plan, progress),
         };
         drop(meter);
-        if stopped {
-            return Err(Stopped.into());
-        }
         Ok(calibration?)
     }
 }

@@ -16,7 +16,6 @@ use crate::session::Session;
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser};
-use nibble_models::ModelError;
 use nibble_models::eval::{EvalPlan, beginning};
 use nibble_models::sensitivity::{AllocationPlan, Target, allocate_bits};
 use nibble_models::trial::{TEXT, TrialReport};
@@ -264,11 +263,7 @@ impl Quantize {
             !session.stopped()
         });
         drop(meter);
-        let allocation = allocation.map_err(|why| match why {
-            // What was typed can't be met: the exit code tells.
-            ModelError::Quant(why) => anyhow::Error::new(why),
-            why => why.into(),
-        })?;
+        let allocation = allocation?;
         if session.talks() {
             let mut counts = String::new();
             for (scheme, members) in group(&allocation.layers, |layer| layer.scheme.as_str()) {
