@@ -2,8 +2,8 @@
 
     build_ptx.py NVRTC_FOLDER OUT_FOLDER
 
-The PTX is for compute_80 and says version 7.4, so that drivers from CUDA 11.4 on take it; scripts/build_ptx.sh lets ptxas
-refuse it if it uses more than it says.
+The PTX is for compute_80 and says version 7.4, so that drivers from CUDA 11.4 on take it, unless a source's first line
+names another architecture and version; scripts/build_ptx.sh lets ptxas refuse it if it uses more than it says.
 """
 
 import ctypes
@@ -11,11 +11,13 @@ import pathlib
 import re
 import sys
 
-ARCHITECTURE = "compute_80"
-PTX_VERSION = "7.4"
+USUAL = ("compute_80", "7.4")
+NAMED = re.compile(r"// ARCHITECTURE (\w+), PTX ([\d.]+)\n")
 
 
 def compile_to_ptx(nvrtc, source, headers):
+    named = NAMED.match(source.read_text())
+    architecture, version = named.groups() if named else USUAL
     program = ctypes.c_void_p()
 
     def check(code, what):
@@ -32,14 +34,14 @@ def compile_to_ptx(nvrtc, source, headers):
         ctypes.byref(program), source.read_bytes(), source.name.encode(), len(headers), texts, names
     )
     check(created, "create")
-    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17"]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options])), "compile")
     size = ctypes.c_size_t()
     check(nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size)), "size")
     ptx = ctypes.create_string_buffer(size.value)
     check(nvrtc.nvrtcGetPTX(program, ptx), "PTX")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    text = re.sub(r"^\.version .*$", f".version {PTX_VERSION}", ptx.value.decode(), count=1, flags=re.MULTILINE)
+    text = re.sub(r"^\.version .*$", f".version {version}", ptx.value.decode(), count=1, flags=re.MULTILINE)
     # Comments (the compiler's build number among them) and NVRTC's own unused globals say nothing about the code.
     text = re.sub(r"^\s*//.*\n|^\.global .*_INTERNAL_.*nv6target.*\n|^\s*\n", "", text, flags=re.MULTILINE)
     return text.strip("\n") + "\n"

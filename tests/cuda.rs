@@ -25,6 +25,11 @@ fn interpreted(processors: u32) -> Cuda<Machine> {
     Cuda::new(Machine::new(processors)).expect("the interpreter has memory")
 }
 
+/// The same on one whose warps multiply four together.
+fn with_warpgroups(processors: u32) -> Cuda<Machine> {
+    Cuda::new(Machine::new(processors).with_warpgroups()).expect("the interpreter has memory")
+}
+
 /// Each law as a test on the interpreter, and as one on a GPU.
 macro_rules! laws {
     ($($module:ident :: $law:ident,)*) => {
@@ -49,6 +54,7 @@ laws! {
     linear::products_of_few_rows_are_sums_in_double_precision,
     linear::products_of_few_rows_with_very_many_outputs,
     linear::products_of_many_rows_are_sums_in_double_precision,
+    linear::products_of_many_rows_with_very_many_outputs,
     linear::a_long_prompt_and_parts_of_k,
     linear::hostile_rows_of_activations_keep_their_magnitude,
     linear::unquantized_weights_are_multiplied_in_single_precision,
@@ -75,6 +81,31 @@ laws! {
     model::every_way_to_store_weights_and_keys_speaks_as_on_the_cpu,
     model::only_the_choice_comes_back_from_the_device,
     model::tokens_are_drawn_as_from_the_hosts_copy_of_the_logits,
+}
+
+/// The laws of what differs where four warps multiply together.
+macro_rules! laws_of_warpgroups {
+    ($($module:ident :: $law:ident,)*) => {
+        mod warpgroups {
+            $(#[test]
+            fn $law() {
+                super::$module::$law(&super::with_warpgroups);
+            })*
+        }
+    };
+}
+
+laws_of_warpgroups! {
+    linear::products_of_many_rows_are_sums_in_double_precision,
+    linear::products_of_many_rows_with_very_many_outputs,
+    linear::a_long_prompt_and_parts_of_k,
+    linear::hostile_rows_of_activations_keep_their_magnitude,
+    few::norms_before_products_need_no_launch,
+    few::gates_after_products_need_no_launch,
+    fused::products_together_are_products_apart,
+    fused::norms_and_gates_leave_rows_ready_for_products,
+    fused::rows_that_change_are_made_ready_again,
+    model::a_tiny_model_of_each_family_speaks_as_on_the_cpu,
 }
 
 /// The operations on this machine's first GPU.

@@ -8,6 +8,7 @@
 mod alu;
 mod memory;
 mod parse;
+mod product;
 mod run;
 
 pub use run::Counters;
@@ -31,6 +32,7 @@ const MANY_PROCESSORS: u32 = 100;
 pub struct Machine {
     kernels: HashMap<String, Kernel>,
     processors: u32,
+    has_warpgroups: bool,
     state: Mutex<State>,
 }
 
@@ -79,7 +81,12 @@ impl Machine {
             let module = Module::parse(text).map_err(|why| cuda(format!("{name}: {why}")))?;
             kernels.extend(module.kernels);
         }
-        Ok(Machine { kernels, processors, state: Mutex::default() })
+        Ok(Machine { kernels, processors, has_warpgroups: false, state: Mutex::default() })
+    }
+
+    /// The same device with products of warp groups and much shared memory (9.0a).
+    pub fn with_warpgroups(self) -> Machine {
+        Machine { has_warpgroups: true, ..self }
     }
 
     /// What the launches of each kernel have cost so far.
@@ -100,7 +107,11 @@ impl Gpu for Machine {
     }
 
     fn shared(&self) -> u32 {
-        if self.processors < MANY_PROCESSORS { LEAST_SHARED } else { MOST_SHARED }
+        if self.processors < MANY_PROCESSORS && !self.has_warpgroups { LEAST_SHARED } else { MOST_SHARED }
+    }
+
+    fn has_warpgroups(&self) -> bool {
+        self.has_warpgroups
     }
 
     fn allocate(&self, bytes: usize) -> Result<Piece, KernelError> {

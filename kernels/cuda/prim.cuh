@@ -104,6 +104,16 @@ DEVICE u32 shared_address(const void* p) {
     return (u32)d;
 }
 
+// Four words of shared memory in one access.
+DEVICE Quad load_shared(u32 address) {
+    Quad d;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+                 : "r"(address)
+                 : "memory");
+    return d;
+}
+
 // Four words of memory that no kernel writes while this one runs and that no other thread of the processor wants.
 DEVICE Quad load_once(const Quad* from) {
     Quad d;

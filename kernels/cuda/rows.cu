@@ -8,7 +8,13 @@ struct Pack {
     float* factor;  // (rows)
     u32 width;
     u32 units;
+    u32 by_steps;
+    u32 unused;
 };
+
+// Where a product that takes its activations step by step (wgmma.cuh) finds pair `pair` of a row: of 32 values, the 16 of
+// each step of 16 side by side, in the order in which linear.cuh gives a lane the codes.
+DEVICE u32 step_order(u32 pair) { return (pair & ~15u) | (pair & 3) * 4 | (pair >> 2 & 3); }
 
 // Rows in half precision, each times its power of two.
 KERNEL __launch_bounds__(256) pack_rows(const Pack p) {
@@ -23,7 +29,7 @@ KERNEL __launch_bounds__(256) pack_rows(const Pack p) {
     for (u32 pair = threadIdx.x; pair < p.units * 32; pair += 256) {
         float lo = 2 * pair < p.width ? x[2 * pair] * power.power : 0.0f;
         float hi = 2 * pair + 1 < p.width ? x[2 * pair + 1] * power.power : 0.0f;
-        out[pair] = half2_of(lo, hi);
+        out[p.by_steps ? step_order(pair) : pair] = half2_of(lo, hi);
     }
     if (threadIdx.x == 0) p.factor[row] = power.reciprocal;
 }
@@ -51,7 +57,9 @@ DEVICE RowPart row_of(const float* x, u32 width) {
 }
 
 // Leaves a row as it is and in half precision, times its power of two.
-DEVICE void leave(const RowPart& part, float* out, u16* halves, float* factor, u32 width, u32 units, float* scratch) {
+template <typename P> DEVICE void leave(const RowPart& part, float* out, const P& p, u64 row, float* scratch) {
+    u32 width = p.width, units = p.units;
+    u32* halves = (u32*)p.halves + row * units * 32;
     float most = 0.0f;
 #pragma unroll
     for (u32 r = 0; r < READS; r++)
@@ -72,10 +80,16 @@ DEVICE void leave(const RowPart& part, float* out, u16* halves, float* factor, u
         // Numbers past the row are zeros.
         if (at < units * 64) {
             Halves h = {half2_of(v[0] * power.power, v[1] * power.power), half2_of(v[2] * power.power, v[3] * power.power)};
-            *(Halves*)(halves + at) = h;
+            if (p.by_steps) {
+                u32* to = halves + step_order(at / 2);
+                to[0] = h.lo;
+                to[4] = h.hi;
+            } else {
+                *(Halves*)(halves + at / 2) = h;
+            }
         }
     }
-    if (threadIdx.x == 0) *factor = power.reciprocal;
+    if (threadIdx.x == 0) p.factor[row] = power.reciprocal;
 }
 
 struct Norm {
@@ -108,7 +122,7 @@ struct NormPack {
     u32 width;
     u32 units;
     float eps;
-    u32 unused;
+    u32 by_steps;
 };
 
 // The same for rows that a product reads next.
@@ -130,7 +144,7 @@ KERNEL __launch_bounds__(1024) rms_norm_pack(const NormPack p) {
     for (u32 r = 0; r < READS; r++)
 #pragma unroll
         for (u32 e = 0; e < 4; e++) part.v[r][e] = part.v[r][e] * scale * gain.v[r][e];
-    leave(part, p.out + row * p.width, p.halves + row * p.units * 64, p.factor + row, p.width, p.units, scratch + 32);
+    leave(part, p.out + row * p.width, p, row, scratch + 32);
 }
 
 struct Rope {
@@ -185,6 +199,8 @@ struct GatePack {
     float* factor;  // (rows)
     u32 width;
     u32 units;
+    u32 by_steps;
+    u32 unused;
 };
 
 // The same for rows that a product reads next. A block a row.
@@ -196,7 +212,7 @@ template <bool SILU> DEVICE void gate_pack(const GatePack& p) {
     for (u32 r = 0; r < READS; r++)
 #pragma unroll
         for (u32 e = 0; e < 4; e++) part.v[r][e] = (SILU ? silu(part.v[r][e]) : gelu(part.v[r][e])) * up.v[r][e];
-    leave(part, p.x + row * p.width, p.halves + row * p.units * 64, p.factor + row, p.width, p.units, scratch);
+    leave(part, p.x + row * p.width, p, row, scratch);
 }
 
 KERNEL __launch_bounds__(1024) gate_pack_silu(const GatePack p) { start(), gate_pack<true>(p); }

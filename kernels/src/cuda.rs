@@ -6,7 +6,8 @@
 //! touch is there, and launches.
 //!
 //! ```text
-//! a product   rows -> halves, each row times a power of two (by norms and gates at once)    few (up to 8 rows), gemv (up to 64) or gemm
+//! a product   rows -> halves, each row times a power of two (by norms and gates at once)
+//!             few (up to 8 rows), gemv (up to 64) or gemm; from 33 on wgmma where the device has it
 //! attention   append keys and values, attend chunk by chunk, merge chunks
 //! ```
 //! Sums are taken in an order that depends on shapes (and on the device's number of processors), never on timing.
@@ -22,6 +23,7 @@ mod gpu;
 mod linear;
 mod rows;
 mod weight;
+mod wgmma;
 
 pub use attention::{CacheKind, CacheShape, CudaAttention, DeviceCache, DeviceToken};
 pub use choice::Largest;

@@ -53,8 +53,7 @@ pub fn products_together_are_products_apart<G: Gpu>(device: Device<G>) {
 
 pub fn norms_and_gates_leave_rows_ready_for_products<G: Gpu>(device: Device<G>) {
     let cuda = device(2);
-    let m = 3;
-    for k in [96, 200, 1500, 70] {
+    for (m, k) in [(3, 96), (3, 200), (3, 1500), (3, 70), (40, 200), (40, 70)] {
         let weight = weight(&cuda, Levels::Linear4, 8, 18, k, 3);
         let x = rows_of(&cuda, &numbers(&mut random(4), m * k), k);
         let gain = cuda.vector(&numbers(&mut random(5), k)).unwrap();
@@ -73,7 +72,13 @@ pub fn norms_and_gates_leave_rows_ready_for_products<G: Gpu>(device: Device<G>) 
             let again = rows_of(&cuda, &values(&cuda, &ready, m), k);
             cuda.prepare(&again, m).unwrap();
             cuda.multiply(&again, m, &weight, None, false, &mut wanted).unwrap();
-            assert_eq!(values(&cuda, &found, m), values(&cuda, &wanted, m), "rows of {k}, step {step}");
+            assert_eq!(values(&cuda, &found, m), values(&cuda, &wanted, m), "{m} rows of {k}, step {step}");
+            // Fewer of them, which another kernel may want in another order.
+            let (mut found, mut wanted) = (cuda.rows(2, 18).unwrap(), cuda.rows(2, 18).unwrap());
+            cuda.multiply(&ready, 2, &weight, None, false, &mut found).unwrap();
+            let fresh = rows_of(&cuda, &values(&cuda, &ready, 2), k);
+            cuda.multiply(&fresh, 2, &weight, None, false, &mut wanted).unwrap();
+            assert_eq!(values(&cuda, &found, 2), values(&cuda, &wanted, 2), "2 of {m} rows of {k}, step {step}");
         }
     }
 }

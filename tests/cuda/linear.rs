@@ -1,6 +1,6 @@
 //! Products with every kind of weight, over tails and all tile sizes.
 
-use super::{Device, interpreted, numbers, random, rows_of};
+use super::{Device, interpreted, numbers, random, rows_of, with_warpgroups};
 use half::{bf16, f16};
 use nibble_kernels::cuda::{Cuda, Gpu};
 use nibble_kernels::{DenseSource, Levels, Outliers, PackedWeight, Scales, WeightSource, Zeros};
@@ -249,6 +249,12 @@ pub fn products_of_few_rows_are_sums_in_double_precision<G: Gpu>(device: Device<
     }
 }
 
+/// As many outputs as a prompt has: 7 MB of them.
+pub fn products_of_many_rows_with_very_many_outputs<G: Gpu>(device: Device<G>) {
+    let cuda = device(132);
+    check_one(&cuda, kinds()[0], (14336, 64, 32), 128, false, true);
+}
+
 pub fn products_of_many_rows_are_sums_in_double_precision<G: Gpu>(device: Device<G>) {
     let cuda = device(2);
     for kind in kinds() {
@@ -405,11 +411,19 @@ fn products_keep_within_their_budgets_of_conflicts_and_sectors() {
         check(&cuda, kind, (256, 1024, 128), 64, false);
         check(&cuda, kind, (256, 1024, 128), 72, false);
     }
-    for (kernel, counters) in cuda.gpu().counters() {
+    let by_warpgroups = with_warpgroups(2);
+    for kind in [kinds()[0], kinds()[4], kinds()[8]] {
+        check(&by_warpgroups, kind, (256, 1024, 128), 64, false);
+        check(&by_warpgroups, kind, (256, 1024, 128), 128, false);
+    }
+    for (kernel, counters) in cuda.gpu().counters().into_iter().chain(by_warpgroups.gpu().counters()) {
         let (most_conflicts, most_sectors) = match kernel {
             "gemm64_w4" | "gemm64_w4_table" | "gemm64_w8" => (1.00, 1.00),
             // The sums at the end: two tiles' lie in the same banks.
             "gemv64_wide_w4" | "gemv64_wide_w4_table" | "gemv64_wide_w8" => (1.50, 1.00),
+            // Rows of activations are copied eight lanes a row.
+            "wgmma64_f16_w4" | "wgmma64_f16_w4_table" | "wgmma64_f16_w8" => (1.00, 1.00),
+            "wgmma128_f16_w4" | "wgmma128_f16_w4_table" | "wgmma128_f16_w8" => (1.00, 1.00),
             // The sums of rows, and which outputs a block has.
             "few_f16_short_w4" | "few_f16_short_w4_table" | "few_f16_short_w8" => (1.05, 1.05),
             _ => continue,

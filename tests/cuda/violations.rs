@@ -4,14 +4,23 @@ use super::{numbers, random, rows_of};
 use crate::ptx::Machine;
 use nibble_kernels::cuda::{Cuda, MODULES};
 
-/// The operations on a device whose module `module` was changed.
-fn changed(module: &str, change: impl Fn(&str) -> String) -> Result<Cuda<Machine>, String> {
+/// A device whose module `module` was changed.
+fn machine(module: &str, change: impl Fn(&str) -> String) -> Result<Machine, String> {
     let texts: Vec<(&str, String)> = MODULES
         .iter()
         .map(|ptx| (ptx.name, if ptx.name == module { change(ptx.text) } else { ptx.text.to_string() }))
         .collect();
-    let machine = Machine::with_ptx(2, texts.iter().map(|(name, text)| (*name, text.as_str())));
-    Ok(Cuda::new(machine.map_err(|e| e.to_string())?).unwrap())
+    Machine::with_ptx(2, texts.iter().map(|(name, text)| (*name, text.as_str()))).map_err(|e| e.to_string())
+}
+
+/// The operations on it.
+fn changed(module: &str, change: impl Fn(&str) -> String) -> Result<Cuda<Machine>, String> {
+    Ok(Cuda::new(machine(module, change)?).unwrap())
+}
+
+/// The same where four warps multiply together.
+fn changed_warpgroups(module: &str, change: impl Fn(&str) -> String) -> Cuda<Machine> {
+    Cuda::new(machine(module, change).unwrap().with_warpgroups()).unwrap()
 }
 
 /// What a norm of three rows says.
@@ -100,6 +109,24 @@ fn a_wait_too_short_reads_what_is_in_flight() {
     let cuda = changed("gemm", |text| within(text, "gemm64_w4_table", "wait_group 1", "wait_group 2")).unwrap();
     let why = table_product(&cuda, 70).unwrap_err();
     assert!(why.contains("in flight"), "{why}");
+}
+
+#[test]
+fn products_of_warp_groups_need_fences_waits_and_barriers() {
+    let faults = [
+        ("fence.proxy.async.shared::cta;", "", "not shown"),
+        ("wgmma.fence.sync.aligned;", "", "since the last wgmma.fence"),
+        ("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", "product that runs"),
+        ("wgmma.commit_group.sync.aligned;", "", "product that runs"),
+        ("bar.sync \t0;", "", "no barrier between"),
+    ];
+    for (entry, m) in [("wgmma64_any_w4", 40), ("wgmma128_any_w4", 70)] {
+        product(&changed_warpgroups("wgmma_w4", str::to_string), m).unwrap();
+        for (from, to, wanted) in faults {
+            let why = product(&changed_warpgroups("wgmma_w4", |text| within(text, entry, from, to)), m).unwrap_err();
+            assert!(why.contains(wanted), "{entry} without `{from}`: {why}");
+        }
+    }
 }
 
 #[test]

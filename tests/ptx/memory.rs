@@ -22,6 +22,8 @@ pub struct Who {
     pub epoch: u32,
     /// Meetings of its warp since the last barrier.
     pub meetings: u32,
+    /// Times that a thread of the block has shown what it wrote to products of warp groups.
+    pub shows: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,6 +44,7 @@ struct Cell {
     reader: u32,
     reader_epoch: u32,
     reader_meetings: u32,
+    writer_shows: u32,
     writer_block: u64,
     reader_block: u64,
 }
@@ -103,6 +106,20 @@ impl Memory {
         let mut number = [0; 8];
         number[..len].copy_from_slice(&self.bytes[at..at + len]);
         Ok(u64::from_le_bytes(number))
+    }
+
+    /// As [`Memory::read`], by a product of a warp group, which sees what a thread wrote only once it was shown: `shown` has
+    /// the block's shows at each thread's last one. With it, a mark that changes when somebody writes there.
+    pub fn read_by_product(&mut self, who: Who, at: u64, shown: &[u32]) -> Result<(u64, u64), Fault> {
+        let value = self.read(who, at, 4)?;
+        let mut mark = 0;
+        for cell in self.cells(at as usize, 4) {
+            if shown.get(cell.writer as usize).is_none_or(|shown| *shown <= cell.writer_shows) {
+                return Err(format!("a product reads what was not shown to it (byte {at})"));
+            }
+            mark += u64::from(cell.writer_shows) << 32 | u64::from(cell.writer_epoch);
+        }
+        Ok((value, mark))
     }
 
     /// The low `len` bytes of a number.
@@ -202,7 +219,7 @@ impl Cell {
 
     fn written_by(&mut self, who: Who) {
         (self.writer, self.writer_block) = (who.thread, who.block);
-        (self.writer_epoch, self.writer_meetings) = (who.epoch, who.meetings);
+        (self.writer_epoch, self.writer_meetings, self.writer_shows) = (who.epoch, who.meetings, who.shows);
     }
 
     /// Whether nothing lies between the last write and what `who` does.

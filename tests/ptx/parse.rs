@@ -175,7 +175,11 @@ pub enum Op {
     Bfi,
     Select(Type),
     Compare(Compare, Type),
-    Convert { to: Type, from: Type, nearest_int: bool },
+    Convert {
+        to: Type,
+        from: Type,
+        nearest_int: bool,
+    },
     PackHalves,
     SharedToGeneric,
     GenericToShared,
@@ -190,6 +194,12 @@ pub enum Op {
     Return,
     ShuffleXor,
     Mma,
+    /// Products of a warp group: columns of the second factor.
+    Wgmma(usize),
+    WgmmaBegin,
+    WgmmaCommit,
+    WgmmaWait(usize),
+    ShowToProducts,
 }
 
 /// Why a module can't be read.
@@ -334,9 +344,10 @@ impl Parser {
                 self.operand(&mut instruction, i < outputs, operand)?;
             }
         }
-        if let Op::CopyWait(_) = op {
+        if let Op::CopyWait(_) | Op::WgmmaWait(_) = op {
             let [Operand::Immediate(groups)] = instruction.from[..] else { return Err("wait".into()) };
-            instruction.op = Op::CopyWait(groups as usize);
+            let groups = groups as usize;
+            instruction.op = if op == Op::CopyWait(0) { Op::CopyWait(groups) } else { Op::WgmmaWait(groups) };
         }
         self.code.push(instruction);
         Ok(())

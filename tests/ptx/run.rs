@@ -4,6 +4,7 @@
 use super::alu::{self, Lanes};
 use super::memory::{LAUNCH, Memory, Who};
 use super::parse::{Instruction, Kernel, Op, Operand, Space, Special};
+use super::product::Products;
 use std::collections::BTreeSet;
 
 /// Where shared memory begins among generic addresses; global memory lies below.
@@ -56,9 +57,9 @@ struct Copy {
     bytes: [u8; 16],
 }
 
-struct Warp {
-    first_thread: u32,
-    registers: Vec<Lanes>,
+pub(super) struct Warp {
+    pub(super) first_thread: u32,
+    pub(super) registers: Vec<Lanes>,
     /// (place, lanes) ascending by place: lanes that go together.
     groups: Vec<(usize, u32)>,
     waits: bool,
@@ -67,13 +68,17 @@ struct Warp {
     executed: u64,
     /// A thread's copies: groups that are closed, oldest first, then the open one.
     copies: Vec<Vec<Vec<Copy>>>,
+    pub(super) products: Products,
 }
 
-struct Block {
+pub(super) struct Block {
     index: [u32; 3],
     number: u64,
-    shared: Memory,
+    pub(super) shared: Memory,
     epoch: u32,
+    /// Times that a thread showed what it wrote to products, and that count at each thread's last time.
+    shows: u32,
+    pub(super) shown: Vec<u32>,
 }
 
 impl Run<'_> {
@@ -90,7 +95,14 @@ impl Run<'_> {
 
     fn block(&mut self, index: [u32; 3], number: u64) -> Result<(), String> {
         let shared = Memory::new(self.kernel.shared + self.shared as usize);
-        let mut block = Block { index, number, shared, epoch: 0 };
+        let mut block = Block {
+            index,
+            number,
+            shared,
+            epoch: 0,
+            shows: 1,
+            shown: vec![0; self.threads.next_multiple_of(32) as usize],
+        };
         let mut warps: Vec<Warp> = (0..self.threads.div_ceil(32))
             .map(|warp| {
                 let lanes = (self.threads - warp * 32).min(32);
@@ -103,6 +115,7 @@ impl Run<'_> {
                     meetings: 0,
                     executed: 0,
                     copies: (0..32).map(|_| vec![Vec::new()]).collect(),
+                    products: Products::of(self.kernel),
                 }
             })
             .collect();
@@ -111,6 +124,12 @@ impl Run<'_> {
                 while !warp.waits && !warp.groups.is_empty() {
                     self.step(&mut block, warp)?;
                 }
+            }
+            if warps.chunks(4).any(|group| group.iter().any(|warp| !warp.products.is_like(&group[0].products))) {
+                return Err(format!(
+                    "{}: block {index:?}: warps of a group differ in their products",
+                    self.kernel.name
+                ));
             }
             if warps.iter().all(|warp| warp.groups.is_empty()) {
                 break;
@@ -121,6 +140,9 @@ impl Run<'_> {
         }
         if warps.iter().any(|warp| warp.copies.iter().any(|groups| groups.iter().any(|group| !group.is_empty()))) {
             return Err(format!("{}: block {index:?} ends with copies in flight", self.kernel.name));
+        }
+        if warps.iter().any(|warp| warp.products.are_running()) {
+            return Err(format!("{}: block {index:?} ends with products running", self.kernel.name));
         }
         Ok(())
     }
@@ -183,6 +205,7 @@ impl Run<'_> {
 
     fn execute(&mut self, block: &mut Block, warp: &mut Warp, it: &Instruction, active: u32) -> Result<(), String> {
         let unknown = || format!("{:?} is not known", it.op);
+        warp.products.check(it)?;
         let from = |n: usize| -> Result<Lanes, String> {
             it.from.get(n).map(|operand| self.value(block, warp, *operand)).ok_or_else(unknown)
         };
@@ -248,6 +271,33 @@ impl Run<'_> {
                     return Err("a barrier that only part of the warp has reached".to_string());
                 }
                 warp.waits = true;
+                return Ok(());
+            }
+            Op::Wgmma(columns) => {
+                whole(active)?;
+                let values = it.from.iter().map(|operand| self.value(block, warp, *operand));
+                let values: Vec<Lanes> = values.collect();
+                return Products::start(block, warp, it, columns, &values);
+            }
+            Op::WgmmaBegin => {
+                whole(active)?;
+                warp.products.begin();
+                return Ok(());
+            }
+            Op::WgmmaCommit => {
+                whole(active)?;
+                warp.products.commit();
+                return Ok(());
+            }
+            Op::WgmmaWait(groups) => {
+                whole(active)?;
+                return Products::wait(block, warp, groups);
+            }
+            Op::ShowToProducts => {
+                block.shows += 1;
+                for lane in lanes_of(active) {
+                    block.shown[warp.first_thread as usize + lane] = block.shows;
+                }
                 return Ok(());
             }
             Op::Branch(_) | Op::Return => return Ok(()),
@@ -379,9 +429,9 @@ impl Run<'_> {
     }
 }
 
-fn who(block: &Block, warp: &Warp, lane: usize) -> Who {
+pub(super) fn who(block: &Block, warp: &Warp, lane: usize) -> Who {
     let thread = warp.first_thread + lane as u32;
-    Who { block: block.number, thread, epoch: block.epoch, meetings: warp.meetings }
+    Who { block: block.number, thread, epoch: block.epoch, meetings: warp.meetings, shows: block.shows }
 }
 
 fn global(memory: &mut [Memory], address: u64) -> Result<(&mut Memory, u64), String> {

@@ -15,8 +15,8 @@ pub struct DeviceRows<M> {
     pub(super) values: M,  // (capacity, width) f32
     pub(super) halves: M,  // (capacity, width padded to 64) f16
     pub(super) factors: M, // (capacity) f32
-    /// How many of the first rows have their copy in half precision.
-    pub(super) packed: Cell<usize>,
+    /// How many of the first rows have their copy in half precision, and in which order.
+    pub(super) packed: Cell<(usize, Order)>,
 }
 
 impl<M: DeviceMemory> DeviceRows<M> {
@@ -37,7 +37,13 @@ impl<M: DeviceMemory> DeviceRows<M> {
 
     /// Its rows are about to change.
     pub(super) fn changes(&self) {
-        self.packed.set(0);
+        self.packed.set((0, Order::Lanes));
+    }
+
+    /// Whether so many rows have their copy in this order.
+    pub(super) fn is_ready(&self, rows: usize, order: Order) -> bool {
+        let (ready, found) = self.packed.get();
+        ready >= rows && found == order
     }
 
     /// Whether the kernels take so wide a row as a whole.
@@ -48,6 +54,21 @@ impl<M: DeviceMemory> DeviceRows<M> {
     /// Threads for a row as a whole: four numbers each, as few times as may be.
     pub(super) fn whole_threads(&self) -> u32 {
         row_threads(self.width.next_multiple_of(64).div_ceil(4), 1024)
+    }
+}
+
+/// The order of halves within 32 of a row, which products read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// As the row has them: 16 bytes are what a lane feeds to both steps of 16.
+    Lanes,
+    /// The 16 of each step side by side; `step_order` of rows.cu.
+    Steps,
+}
+
+impl Order {
+    pub(super) fn by_steps(self) -> u32 {
+        (self == Order::Steps).into()
     }
 }
 

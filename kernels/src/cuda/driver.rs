@@ -19,6 +19,10 @@ const OLDEST: (i32, i32) = (8, 0);
 /// The oldest one on which a kernel may start while the one before it still runs.
 const PROGRAMMATIC: (i32, i32) = (9, 0);
 
+/// The only one whose PTX (of version 8.0, drivers for CUDA 12 on) has products of four warps together.
+const WARPGROUPS: (i32, i32) = (9, 0);
+const WARPGROUPS_DRIVER: i32 = 12_000;
+
 /// One GPU of this machine.
 pub struct Driver {
     work: Arc<Work>,
@@ -26,6 +30,7 @@ pub struct Driver {
     /// Bytes of shared memory that one block may have.
     shared: u32,
     capability: (i32, i32),
+    has_warpgroups: bool,
     /// The module that each kernel is in.
     entries: HashMap<&'static str, Ptx>,
     loaded: Mutex<Loaded>,
@@ -147,6 +152,7 @@ impl Driver {
             processors: u32::try_from(processors).unwrap_or(1).max(1),
             shared: u32::try_from(shared).unwrap_or(0),
             capability,
+            has_warpgroups: capability == WARPGROUPS && driver_version() >= WARPGROUPS_DRIVER,
             entries: entries.collect(),
             loaded: Mutex::default(),
         })
@@ -267,6 +273,14 @@ impl Driver {
     }
 }
 
+/// The latest CUDA that the driver knows, 1000 times its major version and 10 times its minor one; 0 if it doesn't say.
+fn driver_version() -> i32 {
+    let mut version = 0;
+    // SAFETY: writes the number that it is given the address of.
+    let result = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    if result == sys::CUresult::CUDA_SUCCESS { version } else { 0 }
+}
+
 /// Where a kernel waits for the one before it, as the PTX for older devices has it.
 const WAIT: &str = ".pragma \"griddepcontrol.wait\";";
 /// Where it lets the next one start.
@@ -307,6 +321,10 @@ impl Gpu for Driver {
 
     fn shared(&self) -> u32 {
         self.shared
+    }
+
+    fn has_warpgroups(&self) -> bool {
+        self.has_warpgroups
     }
 
     fn allocate(&self, bytes: usize) -> Result<DriverMemory, KernelError> {

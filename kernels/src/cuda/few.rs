@@ -1,6 +1,6 @@
 //! Products with few rows: which kernel of `kernels/cuda/few.cuh`, and how its work is cut.
 
-use super::data::{DeviceRows, DeviceVector};
+use super::data::{DeviceRows, DeviceVector, Order};
 use super::gpu::{DeviceMemory, Gpu, Launch};
 use super::linear::{AlsoArgument, DeviceNorm, DeviceProduct, ProductArgument, check_product};
 use super::weight::{Codes, DeviceWeight, NUMBERS_CODED, NUMBERS_F16, Stored, WeightArgument};
@@ -139,7 +139,7 @@ impl<G: Gpu> Cuda<G> {
         let most = self.gpu.shared() as usize;
         let (kernel, fixed) = codes.kernel(weight, bytes, most);
         let row_warps = row_warps(x.width, rows, kernel.warps);
-        let is_ready = norm.is_none() && x.packed.get() >= rows;
+        let is_ready = norm.is_none() && x.is_ready(rows, Order::Lanes);
         if row_warps.is_none() && !is_ready {
             self.pack(x, rows)?;
         }

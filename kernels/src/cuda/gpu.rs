@@ -26,6 +26,9 @@ pub static MODULES: &[Ptx] = &[
     Ptx { name: "gemv_w4_table", text: include_str!("../../cuda/ptx/gemv_w4_table.ptx") },
     Ptx { name: "gemv_w8", text: include_str!("../../cuda/ptx/gemv_w8.ptx") },
     Ptx { name: "rows", text: include_str!("../../cuda/ptx/rows.ptx") },
+    Ptx { name: "wgmma_w4", text: include_str!("../../cuda/ptx/wgmma_w4.ptx") },
+    Ptx { name: "wgmma_w4_table", text: include_str!("../../cuda/ptx/wgmma_w4_table.ptx") },
+    Ptx { name: "wgmma_w8", text: include_str!("../../cuda/ptx/wgmma_w8.ptx") },
 ];
 
 /// A piece of a device's memory.
@@ -92,6 +95,8 @@ pub trait Gpu: Send + Sync {
     fn processors(&self) -> u32;
     /// Bytes of shared memory that one block may have.
     fn shared(&self) -> u32;
+    /// Whether four warps multiply together: it runs PTX for compute capability 9.0a.
+    fn has_warpgroups(&self) -> bool;
     /// Memory that holds nothing in particular.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Products with weights.
 
-use super::data::{DeviceRows, DeviceVector};
+use super::data::{DeviceRows, DeviceVector, Order};
 use super::few::{FEW, alike};
 use super::gpu::{DeviceMemory, Gpu, Launch};
 use super::weight::{Codes, DeviceWeight, NumbersArgument, Stored, WeightArgument};
@@ -22,10 +22,10 @@ pub(super) struct ProductArgument {
     bias: u64,
     out: u64,
     partial: u64,
-    m: u32,
+    pub(super) m: u32,
     accumulate: u32,
     split_units: u32,
-    splits: u32,
+    pub(super) splits: u32,
     pub(super) also: [AlsoArgument; 2],
     pub(super) rows: u64,
     pub(super) gain: u64,
@@ -205,7 +205,7 @@ impl<G: Gpu> Cuda<G> {
     /// There are not so many.
     pub fn prepare(&self, x: &DeviceRows<G::Memory>, rows: usize) -> Result<(), KernelError> {
         x.check("activations", rows, x.width)?;
-        if x.packed.get() >= rows { Ok(()) } else { self.pack(x, rows) }
+        if x.is_ready(rows, self.order(rows)) { Ok(()) } else { self.pack(x, rows) }
     }
 
     /// `out = x * weight^T (+ bias) (+ out if accumulate)`, for `rows` rows of `x`.
@@ -231,7 +231,11 @@ impl<G: Gpu> Cuda<G> {
             }
             Stored::Codes(codes, argument) => {
                 self.prepare(x, rows)?;
-                self.many(codes.family(), argument, x, rows, address, accumulate, out)?;
+                let product = ProductArgument::new(self, argument, x, rows, address, accumulate, out)?;
+                match self.order(rows) {
+                    Order::Steps => self.by_warpgroups(*codes, rows, product)?,
+                    Order::Lanes => self.many(codes.family(), rows, product)?,
+                }
             }
             Stored::F32(at) => self.dense("dense_f32", *at, weight, x, rows, address, accumulate, out)?,
             Stored::F16(at) => self.dense("dense_f16", *at, weight, x, rows, address, accumulate, out)?,
@@ -318,20 +322,9 @@ impl<G: Gpu> Cuda<G> {
         self.gate(function, gate.out, up.out, rows)
     }
 
-    #[allow(clippy::too_many_arguments)] // a product, and which kernels it is for
-    fn many(
-        &self,
-        family: &Family,
-        weight: &WeightArgument,
-        x: &DeviceRows<G::Memory>,
-        rows: usize,
-        bias: u64,
-        accumulate: bool,
-        out: &mut DeviceRows<G::Memory>,
-    ) -> Result<(), KernelError> {
-        let (n, units) = (weight.n as usize, weight.units as usize);
-        let mut product = ProductArgument::new(self, weight, x, rows, bias, accumulate, out)?;
-        let tiles = weight.n.div_ceil(16);
+    fn many(&self, family: &Family, rows: usize, mut product: ProductArgument) -> Result<(), KernelError> {
+        let (n, units) = (product.weight.n as usize, product.weight.units as usize);
+        let tiles = product.weight.n.div_ceil(16);
         if let Some(shape) = family.shape(rows, tiles, self.gpu.processors()) {
             return self.some(family, shape, rows, tiles, &product);
         }
@@ -339,14 +332,27 @@ impl<G: Gpu> Cuda<G> {
         let (tokens, outputs) = (64, 4 * 16 * tiles);
         let (wide, high) = (n.div_ceil(outputs), rows.div_ceil(tokens));
         let parts = self.parts(busy, wide * high, units, rows * n);
+        self.in_parts(parts, &mut product, |product| {
+            let grid = [size(wide)?, size(high)?, product.splits];
+            self.gpu.launch(&Launch::new(kernel, grid, 128, bytes_of(product)))
+        })
+    }
+
+    /// A product whose K is cut into at most so many parts, and what adds them.
+    pub(super) fn in_parts(
+        &self,
+        parts: usize,
+        product: &mut ProductArgument,
+        launch: impl FnOnce(&ProductArgument) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let units = product.weight.units as usize;
         let split_units = units.div_ceil(parts).max(1);
         let splits = units.div_ceil(split_units).max(1);
         (product.split_units, product.splits) = (size(split_units)?, size(splits)?);
-        let grid = [size(wide)?, size(high)?, size(splits)?];
-        self.gpu.launch(&Launch::new(kernel, grid, 128, bytes_of(&product)))?;
+        launch(product)?;
         if splits > 1 {
-            let grid = [size((rows * n).div_ceil(256))?, 1, 1];
-            self.gpu.launch(&Launch::new("gemm_sum", grid, 256, bytes_of(&product)))?;
+            let grid = [size((product.m as usize * product.weight.n as usize).div_ceil(256))?, 1, 1];
+            self.gpu.launch(&Launch::new("gemm_sum", grid, 256, bytes_of(product)))?;
         }
         Ok(())
     }
@@ -372,6 +378,11 @@ impl<G: Gpu> Cuda<G> {
     /// Parts of K that keep the device busy with so many blocks a processor, as many as the scratch holds sums of.
     fn parts(&self, busy: usize, blocks: usize, units: usize, outputs: usize) -> usize {
         let wanted = (busy * self.gpu.processors() as usize).div_ceil(blocks.max(1));
-        wanted.min(units / LEAST_PART).min(SCRATCH / (outputs * 4).max(1)).max(1)
+        wanted.min(units / LEAST_PART).min(self.most_parts(outputs)).max(1)
+    }
+
+    /// Parts of K whose sums the scratch holds.
+    pub(super) fn most_parts(&self, outputs: usize) -> usize {
+        (SCRATCH / (outputs * 4).max(1)).max(1)
     }
 }

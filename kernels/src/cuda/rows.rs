@@ -1,7 +1,8 @@
 //! What is done to rows of activations on a device between products.
 
-use super::data::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Place, row_threads};
+use super::data::{DeviceIndices, DeviceRope, DeviceRows, DeviceTable, DeviceVector, Order, Place, row_threads};
 use super::gpu::{DeviceMemory, Gpu, Launch};
+use super::wgmma::LEAST_ROWS;
 use super::{Cuda, check_room, size};
 use crate::KernelError;
 use crate::ops::math::Function;
@@ -16,6 +17,8 @@ struct Pack {
     factor: u64,
     width: u32,
     units: u32,
+    by_steps: u32,
+    unused: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -39,7 +42,7 @@ struct NormPack {
     width: u32,
     units: u32,
     eps: f32,
-    unused: u32,
+    by_steps: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -51,6 +54,8 @@ struct GatePack {
     factor: u64,
     width: u32,
     units: u32,
+    by_steps: u32,
+    unused: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -113,7 +118,7 @@ impl<G: Gpu> Cuda<G> {
             values,
             halves: self.gpu.allocate(capacity * width.next_multiple_of(64) * 2)?,
             factors: self.gpu.allocate(capacity * 4)?,
-            packed: Cell::new(0),
+            packed: Cell::new((0, Order::Lanes)),
         })
     }
 
@@ -195,17 +200,25 @@ impl<G: Gpu> Cuda<G> {
         self.gpu.write(&table.memory, 0, cast_slice(&table.places))
     }
 
-    /// Rows in half precision beside themselves, for products.
+    /// The order in which products with so many rows read their halves.
+    pub(super) fn order(&self, rows: usize) -> Order {
+        if rows >= LEAST_ROWS && self.gpu.has_warpgroups() { Order::Steps } else { Order::Lanes }
+    }
+
+    /// Rows in half precision beside themselves, for products with so many.
     pub(super) fn pack(&self, x: &DeviceRows<G::Memory>, rows: usize) -> Result<(), KernelError> {
+        let order = self.order(rows);
         let pack = Pack {
             x: x.values.address(),
             out: x.halves.address(),
             factor: x.factors.address(),
             width: size(x.width)?,
             units: size(x.width.div_ceil(64))?,
+            by_steps: order.by_steps(),
+            unused: 0,
         };
         self.gpu.launch(&Launch::new("pack_rows", [size(rows)?, 1, 1], 256, bytes_of(&pack)))?;
-        x.packed.set(rows);
+        x.packed.set((rows, order));
         Ok(())
     }
 
@@ -225,6 +238,7 @@ impl<G: Gpu> Cuda<G> {
         out.check("a norm's output", rows, gain.len)?;
         out.changes();
         if out.is_whole() {
+            let order = self.order(rows);
             let norm = NormPack {
                 x: x.values.address(),
                 gain: gain.values.address(),
@@ -234,11 +248,11 @@ impl<G: Gpu> Cuda<G> {
                 width: size(out.width)?,
                 units: size(out.width.div_ceil(64))?,
                 eps,
-                unused: 0,
+                by_steps: order.by_steps(),
             };
             let grid = [size(rows)?, 1, 1];
             self.gpu.launch(&Launch::new("rms_norm_pack", grid, out.whole_threads(), bytes_of(&norm)))?;
-            out.packed.set(rows);
+            out.packed.set((rows, order));
             return Ok(());
         }
         self.norm(x.values.address(), out.values.address(), gain, eps, rows)
@@ -316,6 +330,7 @@ impl<G: Gpu> Cuda<G> {
         up.check("a gate's factor", rows, gate.width)?;
         if gate.is_whole() {
             gate.check("a gate", rows, gate.width)?;
+            let order = self.order(rows);
             let argument = GatePack {
                 x: gate.values.address(),
                 y: up.values.address(),
@@ -323,10 +338,12 @@ impl<G: Gpu> Cuda<G> {
                 factor: gate.factors.address(),
                 width: size(gate.width)?,
                 units: size(gate.width.div_ceil(64))?,
+                by_steps: order.by_steps(),
+                unused: 0,
             };
             let launch = Launch::new(whole, [size(rows)?, 1, 1], gate.whole_threads(), bytes_of(&argument));
             self.gpu.launch(&launch)?;
-            gate.packed.set(rows);
+            gate.packed.set((rows, order));
             return Ok(());
         }
         self.elements(kernel, gate, up.values.address(), 0.0, rows)

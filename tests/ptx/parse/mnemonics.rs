@@ -122,6 +122,18 @@ pub(super) fn operation(words: &[&str]) -> Result<(Op, usize), Refusal> {
         ["ret"] => Ok((Op::Return, 0)),
         ["shfl", "sync", "bfly", "b32"] => Ok((Op::ShuffleXor, 1)),
         ["mma", "sync", "aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"] => Ok((Op::Mma, 1)),
+        ["wgmma", "mma_async", "sync", "aligned", shape, "f32", "f16", "f16"] => {
+            let columns = shape.strip_prefix("m64n").and_then(|rest| rest.strip_suffix("k16"));
+            let columns: usize = columns.and_then(|n| n.parse().ok()).ok_or("a product's shape")?;
+            if !(8..=256).contains(&columns) || !columns.is_multiple_of(8) {
+                return Err("a product's columns".into());
+            }
+            Ok((Op::Wgmma(columns), 1))
+        }
+        ["wgmma", "fence", "sync", "aligned"] => Ok((Op::WgmmaBegin, 0)),
+        ["wgmma", "commit_group", "sync", "aligned"] => Ok((Op::WgmmaCommit, 0)),
+        ["wgmma", "wait_group", "sync", "aligned"] => Ok((Op::WgmmaWait(0), 0)),
+        ["fence", "proxy", "async", "shared::cta"] => Ok((Op::ShowToProducts, 0)),
         _ => Err("unknown instruction".into()),
     }
 }
