@@ -78,6 +78,7 @@ laws! {
     fused::rows_that_change_are_made_ready_again,
     fused::turning_and_appending_at_once_is_both,
     model::a_tiny_model_of_each_family_speaks_as_on_the_cpu,
+    model::a_long_prompt_is_read_as_on_the_cpu,
     model::every_way_to_store_weights_and_keys_speaks_as_on_the_cpu,
     model::only_the_choice_comes_back_from_the_device,
     model::tokens_are_drawn_as_from_the_hosts_copy_of_the_logits,
@@ -99,13 +100,8 @@ laws_of_warpgroups! {
     linear::products_of_many_rows_are_sums_in_double_precision,
     linear::products_of_many_rows_with_very_many_outputs,
     linear::a_long_prompt_and_parts_of_k,
-    linear::hostile_rows_of_activations_keep_their_magnitude,
-    few::norms_before_products_need_no_launch,
-    few::gates_after_products_need_no_launch,
-    fused::products_together_are_products_apart,
     fused::norms_and_gates_leave_rows_ready_for_products,
-    fused::rows_that_change_are_made_ready_again,
-    model::a_tiny_model_of_each_family_speaks_as_on_the_cpu,
+    model::a_long_prompt_is_read_as_on_the_cpu,
 }
 
 /// The operations on this machine's first GPU.

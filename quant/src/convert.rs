@@ -12,6 +12,7 @@ mod levels;
 mod plan;
 mod progress;
 mod recipe;
+mod rounded;
 mod sidecars;
 mod sums;
 mod verify;
@@ -24,6 +25,7 @@ pub use levels::{OWN, levels_of, with_learned_levels};
 pub use plan::{Action, Choice, Plan, PlanRow, Quantize, Quantizer, Rows, plan_with};
 pub use progress::{Progress, Silent, Stage};
 pub use recipe::{fallbacks, plan, plan_after};
+pub use rounded::Rounded;
 pub use sidecars::sidecars;
 pub use verify::{Verified, verify};
 

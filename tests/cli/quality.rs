@@ -236,9 +236,11 @@ fn calibration_reads_lines_of_json_and_what_the_model_writes_itself() {
     assert!(stats("plain") != stats("self"));
     calibrate("self", "again", &["--threads", "3"]).ok();
     assert!(stats("self") == stats("again"), "the same text on any number of threads");
+    place.run(&["calibrate", "float", "-o", "unasked", "--calib-tokens", "1024"]).ok();
+    assert!(stats("self") == stats("unasked"));
     let quantize = ["quantize", "float", "--no-eval", "-o"];
     place.run(&[&quantize[..], &["by-stats", "--stats", "self"]].concat()).ok();
-    place.run(&[&quantize[..], &["by-self", "--calib", "self", "--calib-tokens", "1024"]].concat()).ok();
+    place.run(&[&quantize[..], &["by-self", "--calib-tokens", "1024", "--calib"]].concat()).ok();
     assert_eq!(place.run(&["diff", "by-stats", "by-self", "--json"]).json()["identical"], true);
     place
         .run(&[&quantize[..], &["by-blocks", "--calib", "self", "--calib-tokens", "1024", "--sequential"]].concat())

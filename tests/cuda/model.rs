@@ -32,14 +32,20 @@ fn checkpoint(folder: &Path, plan: &SynthPlan, scheme: Option<&str>) -> std::pat
     out
 }
 
-/// The likeliest tokens one after another, and the logits that each was chosen from.
-fn continue_prompt<B: Backend>(path: &Path, backend: B, kv: KvKind) -> (Vec<u32>, Vec<Vec<f32>>) {
+/// The likeliest tokens one after another, and the logits that each was chosen from; the prompt is read in chunks.
+fn continue_prompt<B: Backend>(
+    path: &Path,
+    backend: B,
+    kv: KvKind,
+    prompt: &[u32],
+    chunk: usize,
+) -> (Vec<u32>, Vec<Vec<f32>>) {
     let source = format::open(path).unwrap();
     let config = ModelConfig::load(path).unwrap();
     let decoder = Decoder::load(&config, Weights::new(source.as_ref()), backend).unwrap();
-    // Chunks of 9 rows: the prompt takes the products for many rows first, then those for few.
-    let mut cx = decoder.context(ContextPlan { capacity: 32, chunk: 9, kv, ..ContextPlan::default() }).unwrap();
-    decoder.prefill(&mut cx, 0, &PROMPT).unwrap();
+    let capacity = prompt.len() + 2 * TOKENS;
+    let mut cx = decoder.context(ContextPlan { capacity, chunk, kv, ..ContextPlan::default() }).unwrap();
+    decoder.prefill(&mut cx, 0, prompt).unwrap();
     let (mut tokens, mut all) = (Vec::new(), Vec::new());
     for _ in 0..TOKENS {
         let logits = decoder.last_logits(&mut cx).unwrap().into_owned();
@@ -52,13 +58,25 @@ fn continue_prompt<B: Backend>(path: &Path, backend: B, kv: KvKind) -> (Vec<u32>
 }
 
 fn check<G: Gpu>(device: Device<G>, plan: &SynthPlan, scheme: Option<&str>, kv: KvKind) {
+    // Chunks of 9 rows: the prompt takes the products for many rows first, then those for few.
+    check_prompt(device, plan, scheme, kv, &PROMPT, 9);
+}
+
+fn check_prompt<G: Gpu>(
+    device: Device<G>,
+    plan: &SynthPlan,
+    scheme: Option<&str>,
+    kv: KvKind,
+    prompt: &[u32],
+    chunk: usize,
+) {
     let folder = tempfile::tempdir().unwrap();
     let path = checkpoint(folder.path(), plan, scheme);
     let what = format!("{} {scheme:?} {kv:?}", plan.model_type);
     let cpu = CpuBackend::new(Arc::new(Pool::new(1)), ActKind::F32);
-    let (wanted, wanted_logits) = continue_prompt(&path, cpu, kv);
+    let (wanted, wanted_logits) = continue_prompt(&path, cpu, kv, prompt, chunk);
     let gpu = CudaBackend::new(device(4)).unwrap();
-    let (found, logits) = continue_prompt(&path, gpu, kv);
+    let (found, logits) = continue_prompt(&path, gpu, kv, prompt, chunk);
     for (step, (logits, wanted)) in logits.iter().zip(&wanted_logits).enumerate() {
         let size = wanted.iter().fold(0f32, |size, w| size.max(w.abs()));
         let error = logits.iter().zip(wanted).fold(0f32, |error, (a, b)| error.max((a - b).abs()));
@@ -73,6 +91,15 @@ fn check<G: Gpu>(device: Device<G>, plan: &SynthPlan, scheme: Option<&str>, kv: 
 pub fn a_tiny_model_of_each_family_speaks_as_on_the_cpu<G: Gpu>(device: Device<G>) {
     for family in ["llama", "mistral", "qwen2", "qwen3"] {
         check(device, &SynthPlan::tiny(family), Some("int4-g32"), KvKind::F16);
+    }
+}
+
+/// Rows enough for a prompt's own attention and for products by four warps together, where these are.
+pub fn a_long_prompt_is_read_as_on_the_cpu<G: Gpu>(device: Device<G>) {
+    let prompt: Vec<u32> = (0..47).map(|i| PROMPT[i % PROMPT.len()] + i as u32).collect();
+    let plan = SynthPlan { tie_embeddings: false, ..SynthPlan::tiny("llama") };
+    for scheme in ["int4-g32", "int4-nl-g32-dq", "int4-g32-min-dq256", "int4-g64-outliers"] {
+        check_prompt(device, &plan, Some(scheme), KvKind::F16, &prompt, 40);
     }
 }
 

@@ -17,6 +17,7 @@ use nibble_models::gradient::calibrate_gradients;
 use nibble_models::own_text::{OwnTextPlan, own_text};
 use nibble_models::weights::Weights;
 use nibble_quant::QuantError;
+use nibble_quant::convert::Rounded;
 use nibble_quant::stats::Turn;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -28,9 +29,9 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.stats
 Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.imatrix.gguf
-Example: nibble calibrate SmolLM2-135M-Instruct --calib self -o smol.stats
+Example: nibble calibrate SmolLM2-135M-Instruct -o smol.stats
 
-Choose a text that is none of those that the model is judged by. A name that ends in .gguf gives llama.cpp's imatrix, which
+Without --calib the model writes the text itself. Choose a text that is none of those that the model is judged by. A name that ends in .gguf gives llama.cpp's imatrix, which
 holds second moments only; GPTQ needs the Gram matrices that are kept otherwise.")]
 pub struct Calibrate {
     /// Checkpoint folder in floats, or ORG/NAME on the hub
@@ -53,13 +54,15 @@ pub struct Calibrate {
 
 /// The word for text that the model writes itself.
 const OWN_TEXT: &str = "self";
+/// The scheme of its weights while it does.
+const WRITING: &str = "int8-g32";
 
 /// How calibration goes.
 #[derive(Debug, Clone, clap::Args)]
 pub struct CalibrationWords {
     /// Text to run the model over: what its layers read there says which errors matter. Of a .jsonl file the `text` of every
-    /// line, or its `messages`; the word `self` is for text that the model writes itself
-    #[arg(long, value_name = "FILE")]
+    /// line, or its `messages`; without FILE, or with the word `self`, the model writes a text itself
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = OWN_TEXT)]
     pub calib: Option<PathBuf>,
     /// Most tokens of that text to run
     #[arg(long, value_name = "N", default_value_t = 32768)]
@@ -76,7 +79,7 @@ pub struct CalibrationWords {
 impl Run for Calibrate {
     fn run(self, session: &Session) -> Result<()> {
         self.threads.set_for_conversion()?;
-        let Some(text) = &self.words.calib else { bail!("which text? --calib FILE") };
+        let text = self.words.calib.as_deref().unwrap_or(Path::new(OWN_TEXT));
         let path = crate::hub::checkpoint(session, &self.source)?;
         let start = Instant::now();
         let mut words = self.words.clone();
@@ -135,8 +138,10 @@ impl CalibrationWords {
         if text != Path::new(OWN_TEXT) {
             return Ok(tokenizer.encode(&open_text(text)?, false)?);
         }
-        let backend = CpuBackend::new(Arc::new(Pool::new(threads.count())), ActKind::F32);
-        let decoder = Decoder::load(&origin.config()?, Weights::new(origin.source()), backend)?;
+        // Writing takes many times as long as observing: 8 bits are enough for it, and read faster.
+        let backend = CpuBackend::new(Arc::new(Pool::new(threads.count())), ActKind::I8);
+        let rounded = Rounded::new(origin.source(), WRITING)?;
+        let decoder = Decoder::load(&origin.config()?, Weights::new(&rounded), backend)?;
         let own = OwnTextPlan { tokens: self.calib_tokens, length: plan.n_ctx, bos: plan.bos, seed: 0 };
         let meter = Meter::new(session, "write", "steps");
         let written = own_text(&decoder, &tokenizer, &own, |done, of| {

@@ -435,3 +435,38 @@ fn a_kept_value_that_is_not_finite_is_named_when_it_is_read() {
         assert_eq!(names, 2, "nothing is kept of what no second run can do");
     }
 }
+
+#[test]
+fn what_is_rounded_as_it_is_read_is_what_a_conversion_to_the_nearest_codes_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let float = dir.path().join("float");
+    fs::create_dir(&float).unwrap();
+    let tensors = [
+        f32_tensor("model.embed_tokens.weight", &[40, 70], 1),
+        f32_tensor("model.layers.0.mlp.up_proj.weight", &[33, 70], 2),
+        f32_tensor("model.layers.0.mlp.gate.weight", &[8, 70], 3),
+        f32_tensor("model.norm.weight", &[70], 4),
+    ];
+    save(&float.join("model.safetensors"), &tensors);
+    let source = format::open(&float).unwrap();
+    let mut recipe = Recipe::new("int8-g32").unwrap();
+    recipe.rules.iter_mut().filter(|rule| rule.scheme.is_some()).for_each(|rule| rule.algorithm = Some("rtn".into()));
+    let plan = plan(source.as_ref(), &recipe, &Stats::default(), 0).unwrap();
+    let out = dir.path().join("out");
+    quantize(&plan, source.as_ref(), "int8-g32", &out, &Options::default(), &Silent).unwrap();
+    let written = format::open(&out).unwrap();
+    let rounded = Rounded::new(source.as_ref(), "int8-g32").unwrap();
+    for info in source.infos() {
+        let (found, wanted) = (rounded.quantized(&info.name).unwrap(), written.quantized(&info.name).unwrap());
+        assert_eq!(found, wanted, "{}", info.name);
+        assert_eq!(found.is_some(), info.name.contains("proj") || info.name.contains("embed"), "{}", info.name);
+    }
+    // What is quantized stays as it is.
+    let again = Rounded::new(written.as_ref(), "int4-channel").unwrap();
+    assert_eq!(
+        again.quantized("model.embed_tokens.weight").unwrap(),
+        written.quantized("model.embed_tokens.weight").unwrap()
+    );
+    assert!(Rounded::new(source.as_ref(), "int8-tensor").is_err(), "rows that share a scale");
+    assert!(Rounded::new(source.as_ref(), "int9").is_err());
+}

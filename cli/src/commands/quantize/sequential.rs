@@ -57,7 +57,9 @@ impl Quantize {
 
     pub(super) fn quantize_blocks(&self, session: &Session, origin: &Origin<'_>, recipe: &Recipe) -> Result<Blocks> {
         let source = origin.source();
-        let Some(text) = &self.calibration.calib else { bail!("block by block on which text? --calib FILE") };
+        let Some(text) = &self.calibration.calib else {
+            bail!("block by block on which text? --calib FILE, or --calib alone for one that the model writes")
+        };
         let (config, tokenizer) = (origin.config()?, origin.tokenizer()?);
         let calibration = self.calibration.plan(text, &tokenizer, config.max_positions)?;
         let tokens = self.calibration.tokens(session, origin, text, &calibration, self.threads)?;
