@@ -153,28 +153,8 @@ template <int CODES, int COLUMNS, int TILES, int STAGES> DEVICE void gemm(const 
     }
     copy_wait<0>();
 
-    // A part of K leaves its bare sums; their factors and bias come when the parts are added.
-    bool is_whole = p.splits == 1;
-    float* out = is_whole ? p.out : p.partial + (u64)blockIdx.z * p.m * weight.n;
-    bool accumulate = is_whole && p.accumulate;
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 row = (tile0 + t) * 16 + half * 8 + i;
-            if (row >= weight.n) continue;
-            float bias = is_whole && p.bias ? p.bias[row] : 0.0f;
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    u32 token = token0 + c * 8 + 2 * j + e;
-                    if (token >= p.m) continue;
-                    float* to = out + (u64)token * weight.n + row;
-                    float y = fmaf(sums[t][c][half * 2 + e], is_whole ? p.factor[token] : 1.0f, bias);
-                    *to = accumulate ? *to + y : y;
-                }
-        }
+    for (int t = 0; t < TILES; t++) leave_sums(p, sums[t], tile0 + t, token0);
 }
 
 // BLOCKS on a processor at a time: the registers that leaves a thread are the most it may use.

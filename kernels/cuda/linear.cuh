@@ -206,6 +206,30 @@ DEVICE void add_minimums(float (&sums)[4], const Quad& x, const FloatPair& min) 
     add_scaled(sums, sum, min);
 }
 
+// Leaves the sums of a tile's rows i and i+8 with tokens from `token0` on, as the tensor cores have them: whole ones as
+// outputs; of a part of K they stay bare sums, whose factors and bias come when the parts are added.
+template <int COLUMNS> DEVICE void leave_sums(const Product& p, const float (&sums)[COLUMNS][4], u32 tile, u32 token0) {
+    bool is_whole = p.splits == 1, accumulate = is_whole && p.accumulate;
+    float* out = is_whole ? p.out : p.partial + (u64)blockIdx.z * p.m * p.weight.n;
+    u32 i = lane_id() / 4, j = lane_id() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 row = tile * 16 + half * 8 + i;
+        if (row >= p.weight.n) continue;
+        float bias = is_whole && p.bias ? p.bias[row] : 0.0f;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                u32 token = token0 + c * 8 + 2 * j + e;
+                if (token >= p.m) continue;
+                float* to = out + (u64)token * p.weight.n + row;
+                float y = fmaf(sums[c][half * 2 + e], is_whole ? p.factor[token] : 1.0f, bias);
+                *to = accumulate ? *to + y : y;
+            }
+    }
+}
+
 // One output from its whole sum.
 DEVICE void write_output(const Product& p, u32 token, u32 row, float sum) {
     float y = sum * p.factor[token];

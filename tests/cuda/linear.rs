@@ -249,12 +249,6 @@ pub fn products_of_few_rows_are_sums_in_double_precision<G: Gpu>(device: Device<
     }
 }
 
-/// As many outputs as a prompt has: 7 MB of them.
-pub fn products_of_many_rows_with_very_many_outputs<G: Gpu>(device: Device<G>) {
-    let cuda = device(132);
-    check_one(&cuda, kinds()[0], (14336, 64, 32), 128, false, true);
-}
-
 pub fn products_of_many_rows_are_sums_in_double_precision<G: Gpu>(device: Device<G>) {
     let cuda = device(2);
     for kind in kinds() {

@@ -31,8 +31,8 @@ use std::time::Instant;
 Example: nibble calibrate SmolLM2-135M-Instruct --calib book.txt -o smol.imatrix.gguf
 Example: nibble calibrate SmolLM2-135M-Instruct -o smol.stats
 
-Without --calib the model writes the text itself. Choose a text that is none of those that the model is judged by. A name that ends in .gguf gives llama.cpp's imatrix, which
-holds second moments only; GPTQ needs the Gram matrices that are kept otherwise.")]
+Without --calib the model writes the text itself. Choose a text that is none of those that the model is judged by. A name
+that ends in .gguf gives llama.cpp's imatrix, which holds second moments only; GPTQ needs the Gram matrices that are kept otherwise.")]
 pub struct Calibrate {
     /// Checkpoint folder in floats, or ORG/NAME on the hub
     #[arg(value_name = "SRC")]
@@ -138,7 +138,7 @@ impl CalibrationWords {
         if text != Path::new(OWN_TEXT) {
             return Ok(tokenizer.encode(&open_text(text)?, false)?);
         }
-        // Writing takes many times as long as observing: 8 bits are enough for it, and read faster.
+        // Writing takes longer than observing, and 8 bits are enough for it.
         let backend = CpuBackend::new(Arc::new(Pool::new(threads.count())), ActKind::I8);
         let rounded = Rounded::new(origin.source(), WRITING)?;
         let decoder = Decoder::load(&origin.config()?, Weights::new(&rounded), backend)?;

@@ -3,7 +3,7 @@
 use super::data::{DeviceRows, DeviceVector, Order};
 use super::gpu::{DeviceMemory, Gpu, Launch};
 use super::linear::{AlsoArgument, DeviceNorm, DeviceProduct, ProductArgument, check_product};
-use super::weight::{Codes, DeviceWeight, NUMBERS_CODED, NUMBERS_F16, Stored, WeightArgument};
+use super::weight::{Codes, DeviceWeight, ScaleKind, Stored, WeightArgument};
 use super::{Cuda, check, size};
 use crate::KernelError;
 use crate::ops::math::Function;
@@ -81,11 +81,10 @@ impl Codes {
         // Rows lie between the table's entries.
         let held = if table > 0 { table } else { rows_bytes };
         let bytes = |k: &Kernel| held + k.warps * DEPTH * (quads * 512 + k.beside) + SCRATCH_BYTES;
-        let pair = match weight.scales.kind {
-            _ if weight.zero_kind != 0 => return (&kernels.any, bytes(&kernels.any)),
-            NUMBERS_F16 => &kernels.f16,
-            NUMBERS_CODED if weight.scales.spans == 1 => &kernels.coded,
-            _ => return (&kernels.any, bytes(&kernels.any)),
+        let pair = match weight.scale_kind() {
+            ScaleKind::F16 => &kernels.f16,
+            ScaleKind::Coded => &kernels.coded,
+            ScaleKind::Any => return (&kernels.any, bytes(&kernels.any)),
         };
         let [long, short] = pair;
         // Sums of one tile for each of 8 rows have to fit as well.

@@ -17,15 +17,15 @@ const UNIT: usize = 64;
 pub(super) struct NumbersArgument {
     first: u64,
     second: u64,
-    pub(super) kind: u32,
+    kind: u32,
     bias: f32,
-    pub(super) spans: u32,
+    spans: u32,
     span_magic: u32,
 }
 
 /// Kinds of numbers, as linear.cuh counts them.
-pub(super) const NUMBERS_F16: u32 = 0;
-pub(super) const NUMBERS_CODED: u32 = 2;
+const NUMBERS_F16: u32 = 0;
+const NUMBERS_CODED: u32 = 2;
 
 impl NumbersArgument {
     fn is_alike(&self, other: &NumbersArgument) -> bool {
@@ -53,7 +53,25 @@ pub(super) struct WeightArgument {
     zero: f32,
 }
 
+/// What kernels know of a weight's scales when they are compiled: halves; codes with one number at the second level for
+/// each row; or anything, zero points and minimums too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ScaleKind {
+    F16,
+    Coded,
+    Any,
+}
+
 impl WeightArgument {
+    pub(super) fn scale_kind(&self) -> ScaleKind {
+        match self.scales.kind {
+            _ if self.zero_kind != 0 => ScaleKind::Any,
+            NUMBERS_F16 => ScaleKind::F16,
+            NUMBERS_CODED if self.scales.spans == 1 => ScaleKind::Coded,
+            _ => ScaleKind::Any,
+        }
+    }
+
     /// Whether one launch can multiply with both: nothing differs but codes, numbers of one kind and how many rows there
     /// are.
     pub(super) fn is_alike(&self, other: &WeightArgument) -> bool {

@@ -2,7 +2,7 @@
 
 use super::gpu::{Gpu, Launch};
 use super::linear::ProductArgument;
-use super::weight::{Codes, NUMBERS_CODED, NUMBERS_F16, WeightArgument};
+use super::weight::{Codes, ScaleKind, WeightArgument};
 use super::{Cuda, size};
 use crate::KernelError;
 use bytemuck::bytes_of;
@@ -50,11 +50,10 @@ impl Shape {
 
     fn name(&self, codes: Codes, weight: &WeightArgument) -> &'static str {
         let [f16, coded, any] = self.names;
-        let [w4, table, w8] = match weight.scales.kind {
-            _ if weight.zero_kind != 0 => any,
-            NUMBERS_F16 => f16,
-            NUMBERS_CODED if weight.scales.spans == 1 => coded,
-            _ => any,
+        let [w4, table, w8] = match weight.scale_kind() {
+            ScaleKind::F16 => f16,
+            ScaleKind::Coded => coded,
+            ScaleKind::Any => any,
         };
         match codes {
             Codes::W4 => w4,
