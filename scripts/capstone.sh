@@ -5,8 +5,8 @@
 #
 #   scripts/capstone.sh [vit|lite0|digits]...
 #
-# NIBBLE, ROUNDS and QUICK as for scripts/bench_vision.sh; EPOCHS and QAT_EPOCHS as for scripts/bench_qat.sh. QAT of the two
-# large models takes minutes an epoch; DISTILL says how many (default 0: none).
+# NIBBLE, ROUNDS and QUICK as for scripts/bench_vision.sh; EPOCHS and QAT_EPOCHS as for scripts/bench_qat.sh. DISTILL says
+# for how many epochs the two large models learn from themselves in floats (default 2, a second a picture of the ViT; 0: none).
 set -euo pipefail
 SCRIPTS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -24,10 +24,15 @@ photographs() (
         else
             quantize "mixed, 34 dB" "$@" --target-sqnr 34
         fi
-        [ "${DISTILL:-0}" -gt 0 ] || return 0
+        local epochs="${DISTILL:-2}" terms=()
+        [ "$epochs" -gt 0 ] || return 0
+        # As `vision quantize` takes them.
+        [ "$kind" = cnn ] || terms=(--fine gelu)
+        [ "${#RANGE[@]}" -eq 0 ] || terms+=(--weight-bits 7)
         local out="${model%.onnx}-qat.onnx"
-        "$NIBBLE" vision qat "$model" --data "$calib" --distill 1 --epochs "$DISTILL" --batch-size 4 --batch 1 --force -o "$out" >&2
-        OURS+=("QAT, $DISTILL epochs, distilled=$out")
+        "$NIBBLE" vision qat "$model" --data "$calib" --distill 1 --distill-loss mse --epochs "$epochs" --following 0 --batch-size 8 \
+            --batch 1 "${terms[@]}" --force -o "$out" >&2
+        OURS+=("QAT, $epochs epochs, distilled=$out")
     }
     bench "$1"
 )

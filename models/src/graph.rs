@@ -146,28 +146,30 @@ pub fn inputs(model: &Model) -> Vec<Input> {
         .collect()
 }
 
+/// Tensors of a model that its inputs' values don't matter to: constants, and what depends on shapes.
+///
+/// # Errors
+/// As [`Rten::new`] and [`GraphRunner::run`].
+pub fn constants(model: &Model, wanted: &[String], threads: usize) -> Result<Vec<Tensor>> {
+    let runner = Rten::new(model, wanted, threads)?;
+    let feed = |input: &Input| {
+        // Open dimensions may be anything.
+        let dims: Vec<usize> = input.dims.iter().map(|d| d.unwrap_or(1)).collect();
+        let n = dims.iter().product();
+        let values = if input.float { Values::Float(vec![0.0; n]) } else { Values::Int(vec![0; n]) };
+        (input.name.clone(), Tensor { dims, values })
+    };
+    let feeds: Vec<(String, Tensor)> = runner.inputs().iter().map(feed).collect();
+    runner.run(&feeds, wanted)
+}
+
 /// Folds a model, with constants computed by the embedded engine where the model's inputs and operators let it.
 ///
 /// # Errors
 /// As [`fold::fold`], and operators that the engine can't run.
 pub fn fold_model(model: &mut Model, threads: usize) -> Result<fold::Folded> {
     let mut evaluate = |model: &Model, wanted: &[String]| {
-        let compute = || {
-            let runner = Rten::new(model, wanted, threads)?;
-            // Whatever is computed depends on shapes at most: open dimensions may be anything.
-            let feeds: Vec<(String, Tensor)> = runner
-                .inputs()
-                .iter()
-                .map(|input| {
-                    let dims: Vec<usize> = input.dims.iter().map(|d| d.unwrap_or(1)).collect();
-                    let n = dims.iter().product();
-                    let values = if input.float { Values::Float(vec![0.0; n]) } else { Values::Int(vec![0; n]) };
-                    (input.name.clone(), Tensor { dims, values })
-                })
-                .collect();
-            runner.run(&feeds, wanted)
-        };
-        let computed = compute().map_err(|e| match e {
+        let computed = constants(model, wanted, threads).map_err(|e| match e {
             ModelError::Quant(e) => e,
             other => nibble_quant::QuantError::Spec { what: "folding".into(), why: other.to_string() },
         })?;

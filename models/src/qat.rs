@@ -11,6 +11,7 @@ pub mod adaround;
 pub mod arch;
 pub mod checkpoint;
 pub mod dataset;
+pub mod loss;
 pub mod net;
 pub mod ops;
 pub mod optimizer;

@@ -133,7 +133,7 @@ fn adamw_and_plain_descent_are_candle_nns() {
     use candle_nn::Optimizer as _;
     for (method, decay) in [(Method::AdamW { decay: 0.1 }, 0.1), (Method::Sgd, 0.0)] {
         let [ours, theirs] = [1, 1].map(|seed| Var::from_tensor(&drawn(seed, &[5, 7])).unwrap());
-        let group = Group { name: "w".into(), var: ours.clone(), rate: 1.0, decays: true };
+        let group = Group { name: "w".into(), var: ours.clone(), rate: 1.0, channels: None, decays: true };
         let mut own = Optimizer::new(vec![group], method);
         let params = candle_nn::ParamsAdamW { lr: 0.01, weight_decay: decay, ..Default::default() };
         let mut adam = candle_nn::AdamW::new(vec![theirs.clone()], params).unwrap();
@@ -147,6 +147,24 @@ fn adamw_and_plain_descent_are_candle_nns() {
         let apart = super::difference(ours.as_tensor(), theirs.as_tensor());
         assert!(apart < 1e-5, "{method:?}: {apart}");
         assert!(super::difference(ours.as_tensor(), &drawn(1, &[5, 7])) > 1e-2, "{method:?} moved");
+    }
+}
+
+#[test]
+fn channels_move_by_their_share_of_the_rate() {
+    for (axis, channel) in [(Axis::First, [0, 0, 0, 1, 1, 1]), (Axis::Last, [0, 1, 0, 1, 0, 1])] {
+        let dims = if axis == Axis::First { [2, 3] } else { [3, 2] };
+        let var = Var::from_tensor(&drawn(1, &dims)).unwrap();
+        let before = super::flat(var.as_tensor());
+        let channels = Some((axis, vec![1.0, 0.01]));
+        let group = Group { name: "w".into(), var: var.clone(), rate: 1.0, channels, decays: false };
+        let loss = (var.as_tensor() * drawn(2, &dims)).unwrap().sum_all().unwrap();
+        Optimizer::new(vec![group], Method::AdamW { decay: 0.0 }).step(&loss.backward().unwrap(), 0.5).unwrap();
+        for ((new, old), channel) in super::flat(var.as_tensor()).iter().zip(before).zip(channel) {
+            // The first step of Adam has one length.
+            let wanted = [0.5, 0.005][channel];
+            assert!(((new - old).abs() / wanted - 1.0).abs() < 0.01, "{axis:?}: {old} to {new}");
+        }
     }
 }
 

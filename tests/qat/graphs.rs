@@ -242,3 +242,77 @@ fn what_can_not_be_trained_is_named() {
         assert!(says.iter().all(|s| error.contains(s)), "{error}");
     }
 }
+
+/// A layer norm in nine nodes, over the last dimension of x.
+fn layer_norm_written_out(output: &str) -> (Vec<NodeProto>, Vec<TensorProto>) {
+    let nodes = vec![
+        node("ReduceMean", &["x"], "mean").with(ints("axes", &[-1])),
+        node("Sub", &["x", "mean"], "centred"),
+        node("Pow", &["centred", "two"], "squares"),
+        node("ReduceMean", &["squares"], "variance").with(ints("axes", &[-1])),
+        node("Add", &["variance", "epsilon"], "sum"),
+        node("Sqrt", &["sum"], "deviation"),
+        node("Div", &["centred", "deviation"], "normal"),
+        node("Mul", &["normal", "gain"], "scaled"),
+        node("Add", &["scaled", "offset"], output),
+    ];
+    let constants = vec![
+        from_f32("two", &[], &[2.0]),
+        from_f32("epsilon", &[], &[1e-3]),
+        constant("gain", &[6], 3),
+        constant("offset", &[6], 4),
+    ];
+    (nodes, constants)
+}
+
+#[test]
+fn a_layer_norm_written_out_is_one_with_its_own_epsilon() {
+    let (nodes, constants) = layer_norm_written_out("y");
+    let written = model(nodes, constants, ("x", &[2, 4, 6]), &["y"]);
+    // Small values: another epsilon would show.
+    let x = drawn(5, &[2, 4, 6]).affine(0.03, 0.0).unwrap();
+    let [ours, theirs] = both(&written, &x);
+    assert!(difference(&ours, &theirs) < 1e-5);
+    let net = Net::float(&written).unwrap();
+    let names: Vec<&String> = net.parameters().keys().collect();
+    assert_eq!(names, ["gain", "offset"], "the numbers of the formula aren't learned");
+}
+
+#[test]
+fn what_an_operator_makes_of_constants_needs_no_gradient() {
+    // A table of 2 x 2 places stretched to 4 x 4: no operator that can be trained.
+    let nodes = vec![node("Resize", &["table", "", "", "sizes"], "places"), node("Add", &["x", "places"], "y")];
+    let constants = vec![constant("table", &[1, 3, 2, 2], 2), from_i64("sizes", &[4], &[1, 3, 4, 4])];
+    let model = model(nodes, constants, ("x", &[2, 3, 4, 4]), &["y"]);
+    let [ours, theirs] = both(&model, &drawn(1, &[2, 3, 4, 4]));
+    assert!(difference(&ours, &theirs) < 1e-6);
+    assert!(Net::float(&model).unwrap().parameters().is_empty(), "the table is a constant");
+    assert_eq!(OPERATORS.iter().filter(|o| o.name == "Resize").count(), 0);
+}
+
+#[test]
+fn a_graph_of_one_sample_takes_several_where_that_is_the_same() {
+    let token = || vec![constant("token", &[1, 1, 6], 2), from_i64("flat", &[3], &[1, 5, 6])];
+    let joined = || node("Concat", &["token", "rows"], "all").with(int("axis", 1));
+    let reshaped = |to: &'static str| node("Reshape", &["x", to], "rows");
+    let summed = node("ReduceMean", &["all"], "y").with(ints("axes", &[1]));
+    let whole = model(vec![reshaped("flat"), joined(), summed.clone()], token(), ("x", &[1, 6, 5]), &["y"]);
+    let mut net = Net::float(&whole).unwrap();
+    assert_eq!(net.together(4), 4);
+    let x = drawn(3, &[4, 6, 5]);
+    let all = net.forward(&x, Mode::Evaluate).unwrap();
+    for i in 0..4 {
+        let one = net.forward(&x.narrow(0, i, 1).unwrap(), Mode::Evaluate).unwrap();
+        assert!(difference(&all.narrow(0, i, 1).unwrap(), &one) < 1e-6, "sample {i}");
+    }
+    // Samples would be mixed, or the shape doesn't fit more than one: one at a time.
+    let mixed =
+        model(vec![node("ReduceMean", &["x"], "y").with(ints("axes", &[0]))], vec![], ("x", &[1, 6, 5]), &["y"]);
+    let bare = model(vec![reshaped("bare")], vec![from_i64("bare", &[2], &[5, 6])], ("x", &[1, 6, 5]), &["rows"]);
+    for model in [mixed, bare] {
+        assert_eq!(Net::float(&model).unwrap().together(4), 1);
+    }
+    // Any number is any number.
+    let open = model(vec![node("Relu", &["x"], "y")], vec![], ("x", &[-1, 6]), &["y"]);
+    assert_eq!(Net::float(&open).unwrap().together(4), 4);
+}

@@ -1,14 +1,20 @@
 //! Training: it learns, the same seed gives the same bits, and a checkpoint goes on as if nothing had happened.
 
 use super::{flat, quarters};
+use crate::small::{constant, model, node};
 use nibble_models::graph::fold_model;
 use nibble_models::qat::arch::{ARCHITECTURES, build};
 use nibble_models::qat::dataset::{Augment, Dataset};
+use nibble_models::qat::loss::{Distill, Likeness};
 use nibble_models::qat::net::{Net, QatSettings};
 use nibble_models::qat::optimizer::Method;
-use nibble_models::qat::train::{Distill, Epoch, TrainSettings, observe, score, train};
+use nibble_models::qat::quantizer::Mode;
+use nibble_models::qat::train::{Epoch, TrainSettings, bearable_rate, likeness, observe, score, train};
+use nibble_models::vision::calibrate::CalibrateOptions;
+use nibble_models::vision::prepare::{Equalize, prepare};
 use nibble_quant::observer::choose;
 use nibble_quant::onnx::Model;
+use nibble_quant::onnx::tensor::from_i64;
 use std::sync::atomic::AtomicBool;
 
 pub fn settings(epochs: usize) -> TrainSettings {
@@ -52,15 +58,22 @@ pub fn quantized_with(float: &Model, data: &Dataset, bits: u32, learn: bool, bat
         weight_bits: bits,
         activation_bits: bits,
         learn,
-        histogram: true,
         algorithm: "search",
         batch_norms,
         exclude: vec![],
         include: vec![],
+        fine: vec![],
     };
-    let (sample, _) = data.batch(&[0], Augment::default(), 0).unwrap();
-    let mut net = Net::quantized(&model, &folded, &how, &sample).unwrap();
-    observe(&mut net, data, 64, choose("mse").unwrap(), 0).unwrap();
+    let stop = AtomicBool::new(false);
+    let observer = choose("mse").unwrap();
+    let options = CalibrateOptions { observer, threads: 1, correct_bias: !learn, headroom: 1.0, stop: &stop };
+    let seen = data.drawn(&model.graph().input[0].name().to_owned(), 64, 0).unwrap();
+    let equalize = Equalize::Channels;
+    let prepared = prepare(model, folded, &how.settings(), &seen, equalize, &options, &mut || ()).unwrap();
+    let mut net = Net::quantized(&prepared, &how).unwrap();
+    if batch_norms {
+        observe(&mut net, data, 64, 0).unwrap();
+    }
     net
 }
 
@@ -144,7 +157,11 @@ fn the_float_model_teaches_without_labels() {
     let mut student = quantized(&model, &data, 4, true);
     let unlabelled = Dataset { labels: None, ..data };
     let before = score(&mut student, &unlabelled, Some(&mut teacher)).unwrap().unwrap();
-    let how = TrainSettings { distill: Some(Distill { share: 1.0, temperature: 2.0 }), rate: 5e-4, ..settings(6) };
+    let how = TrainSettings {
+        distill: Some(Distill { share: 1.0, by: Likeness::Classes { temperature: 2.0 } }),
+        rate: 5e-4,
+        ..settings(6)
+    };
     let epochs = run(&mut student, Some(&mut teacher), &unlabelled, &how);
     let after = score(&mut student, &unlabelled, Some(&mut teacher)).unwrap().unwrap();
     assert!(epochs[5].loss < epochs[0].loss, "{epochs:?}");
@@ -156,4 +173,91 @@ fn the_float_model_teaches_without_labels() {
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     let ended = train(&mut student, None, (&unlabelled, None), &settings(1), &stop, &mut |_, _| (), &mut |_| ());
     assert_eq!(ended.unwrap_err().to_string(), "stopped");
+}
+
+/// A model whose output is a vector for each of four places, of one sample, and pictures for it without labels.
+fn encoder() -> (Model, Dataset) {
+    let nodes = vec![
+        node("Reshape", &["x", "rows"], "r"),
+        node("MatMul", &["r", "w"], "h"),
+        node("Add", &["h", "b"], "a"),
+        node("Gelu", &["a"], "g"),
+        node("MatMul", &["g", "v"], "y"),
+    ];
+    let constants = vec![
+        from_i64("rows", &[3], &[1, 4, 16]),
+        constant("w", &[16, 24], 1),
+        constant("b", &[24], 2),
+        constant("v", &[24, 8], 3),
+    ];
+    (model(nodes, constants, ("x", &[1, 1, 8, 8]), &["y"]), Dataset { labels: None, ..quarters(24, 2) })
+}
+
+#[test]
+fn an_encoder_is_taught_by_values_alone_or_together() {
+    let (float, data) = encoder();
+    let mut teacher = Net::float(&float).unwrap();
+    let rank = teacher.forward(&data.batch(&[0], Augment::default(), 0).unwrap().0, Mode::Evaluate).unwrap().rank();
+    assert_eq!(
+        (Likeness::of_rank(rank), Likeness::of_rank(2)),
+        (Likeness::Values, Likeness::Classes { temperature: 2.0 })
+    );
+    let distill = Some(Distill { share: 1.0, by: Likeness::Values });
+    let how = TrainSettings { distill, rate: 2e-3, batch: 8, ..settings(12) };
+    let mut student = quantized(&float, &data, 4, true);
+    assert_eq!(student.together(8), 8);
+    let before = likeness(&mut student, &data, &mut teacher).unwrap();
+    let epochs = run(&mut student, Some(&mut teacher), &data, &how);
+    let after = likeness(&mut student, &data, &mut teacher).unwrap();
+    assert!(after > before + 1.0, "{before} dB, then {after}");
+    assert_eq!(epochs[11].valid_db, Some(after));
+    assert!(epochs.iter().all(|e| e.valid.is_none()));
+    // The loss is what decibels are of, sample by sample.
+    assert!((-10.0 * epochs[11].loss.log10() - after).abs() < 3.0, "{epochs:?}");
+
+    // A graph that can't take several samples adds their gradients up: the same training, but for rounding.
+    let mut alone = float.clone();
+    alone
+        .graph_mut()
+        .node
+        .extend([node("Reshape", &["y", "bare"], "values"), node("Reshape", &["values", "shape"], "z")]);
+    alone.graph_mut().initializer.extend([from_i64("bare", &[1], &[32]), from_i64("shape", &[3], &[1, 4, 8])]);
+    alone.graph_mut().output[0].name = Some("z".into());
+    let [mut one, mut many] = [&alone, &float].map(|m| Net::float(m).unwrap());
+    assert_eq!((one.together(8), many.together(8)), (1, 8));
+    let short = TrainSettings { rate: 1e-3, method: Method::Sgd, ..settings(2) };
+    let stop = AtomicBool::new(false);
+    let taught = TrainSettings { distill, ..short };
+    // Two other networks, which have something to learn.
+    for net in [&mut one, &mut many] {
+        let var = net.parameters()["w"].clone();
+        var.set(&var.as_tensor().affine(0.7, 0.0).unwrap()).unwrap();
+    }
+    for (net, teacher) in [(&mut one, &alone), (&mut many, &float)] {
+        let mut teacher = Net::float(teacher).unwrap();
+        train(net, Some(&mut teacher), (&data, None), &taught, &stop, &mut |_, _| (), &mut |_| ()).unwrap();
+    }
+    let apart = learned(&one).iter().zip(learned(&many)).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+    assert!(apart < 1e-6, "{apart}");
+    assert_ne!(learned(&many), learned(&Net::float(&float).unwrap()));
+}
+
+#[test]
+fn the_rate_that_a_network_bears_makes_the_loss_smaller() {
+    let (float, data) = encoder();
+    let mut teacher = Net::float(&float).unwrap();
+    let distill = Some(Distill { share: 1.0, by: Likeness::Values });
+    for (method, share) in [(Method::AdamW { decay: 0.0 }, 0.2), (Method::Sgd, 0.2)] {
+        let mut student = quantized(&float, &data, 3, false);
+        let how = TrainSettings { distill, method, warmup: 0, batch: 24, ..settings(8) };
+        let most = bearable_rate(&mut student, Some(&mut teacher), &data, &how).unwrap().unwrap();
+        let untouched = bearable_rate(&mut student, Some(&mut teacher), &data, &how).unwrap().unwrap();
+        assert_eq!(most, untouched, "asking changes nothing");
+        let epochs = run(&mut student, Some(&mut teacher), &data, &TrainSettings { rate: share * most, ..how.clone() });
+        assert!(epochs[7].loss < 0.9 * epochs[0].loss, "{method:?}: {epochs:?}");
+        // A hundred times as much is too much.
+        let mut other = quantized(&float, &data, 3, false);
+        let wild = run(&mut other, Some(&mut teacher), &data, &TrainSettings { rate: 100.0 * most, ..how });
+        assert!(wild[1].loss > epochs[1].loss, "{method:?}: {wild:?}");
+    }
 }

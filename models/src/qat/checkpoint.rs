@@ -34,9 +34,9 @@ pub struct Progress {
     pub best: Option<Values>,
 }
 
-/// More is better: accuracy if it is known, else the loss.
+/// More is better: accuracy or decibels of other samples if they are known, else the loss.
 fn merit(epoch: &Epoch) -> f64 {
-    epoch.valid.unwrap_or(-epoch.loss)
+    epoch.valid.or(epoch.valid_db).unwrap_or(-epoch.loss)
 }
 
 impl Progress {

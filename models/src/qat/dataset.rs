@@ -7,8 +7,9 @@
 //! a folder        a folder for each class, in the order of their names, with pictures
 //! ```
 
+use crate::vision::data::Data;
 use crate::vision::picture::{self, Frame, Preprocess};
-use crate::{ModelError, Result};
+use crate::{ModelError, Result, graph};
 use candle_core::{DType, Device, Tensor};
 use flate2::read::GzDecoder;
 use rand::seq::SliceRandom;
@@ -135,6 +136,28 @@ impl Dataset {
             values: indices.iter().flat_map(|&i| &self.values[i * size..(i + 1) * size]).copied().collect(),
             labels: self.labels.as_ref().map(|labels| indices.iter().map(|&i| labels[i]).collect()),
         }
+    }
+
+    /// At most `count` samples, drawn by `seed`, as a model's input of that name takes them, one by one.
+    ///
+    /// # Errors
+    /// None that samples of one shape could have.
+    pub fn drawn(&self, input: &str, count: usize, seed: u64) -> Result<Data> {
+        let dims = [&[1], self.dims.as_slice()].concat();
+        let sample = |i: &usize| {
+            let values = self.values[i * self.size()..(i + 1) * self.size()].to_vec();
+            Ok(vec![(input.to_owned(), graph::Tensor::floats(input, &dims, values)?)])
+        };
+        let samples = self.order(count, seed).iter().map(sample).collect::<Result<Vec<_>>>()?;
+        Ok(Data::held(samples, &self.path))
+    }
+
+    /// Indices of at most `count` samples, drawn by `seed`.
+    pub fn order(&self, count: usize, seed: u64) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        order.shuffle(&mut StdRng::seed_from_u64(seed));
+        order.truncate(count.max(1));
+        order
     }
 
     /// Samples as a tensor (samples, ...), and their labels. `draw` is where randomness starts for [`Augment`].

@@ -22,7 +22,6 @@ use super::ops::{self, BatchStatistics};
 use super::quantizer::{ActivationQuantizer, BiasQuantizer, Mode, WeightQuantizer};
 use crate::{ModelError, Result};
 use candle_core::{Tensor, Var};
-use nibble_quant::observer::Choice;
 use nibble_quant::onnx::Model;
 use nibble_quant::onnx::proto::NodeProto;
 use renorm::Renorm;
@@ -41,6 +40,8 @@ enum Step {
     Linear { id: usize, bias: String, output: String },
     /// GELU written out: its input, its output.
     Gelu { input: String, output: String },
+    /// A layer norm written out: its input, gain and offset, its output.
+    LayerNorm { input: String, affine: [String; 2], epsilon: f32, output: String },
     /// A pair of QuantizeLinear and DequantizeLinear.
     Quantize { quantizer: usize, input: String, output: String },
     /// A batch norm with running statistics.
@@ -72,12 +73,39 @@ pub struct Net {
     normalizes: bool,
     input: String,
     output: String,
+    /// The graph takes one sample.
+    single: bool,
+    /// Several can be run together all the same.
+    together: bool,
 }
 
 impl Net {
     /// Float parameters, by initializer.
     pub fn parameters(&self) -> &BTreeMap<String, Var> {
         &self.parameters
+    }
+
+    /// Everything that is learned: parameters, and scales where they are.
+    pub fn learned(&self) -> impl Iterator<Item = &Var> {
+        let weights = self.weights.iter().filter(|w| w.learn).map(|w| &w.scale);
+        let activations = self.activations.iter().filter(|a| a.learn).map(|a| &a.scale);
+        self.parameters.values().chain(weights).chain(activations)
+    }
+
+    /// For each weight in channels its position, and the bias that is added to them: (weight, bias).
+    pub fn layers(&self) -> impl Iterator<Item = (usize, Option<&str>)> {
+        let added = |weight: &WeightQuantizer| {
+            self.steps.iter().find_map(|step| match step {
+                Step::Linear { id, bias, .. } if self.model.graph().node[*id].arg(1) == weight.output => {
+                    Some(bias.as_str())
+                }
+                _ => None,
+            })
+        };
+        self.weights.iter().enumerate().map(move |(at, weight)| {
+            let own = self.biases.iter().find(|bias| bias.layer[1] == at).map(|bias| bias.parameter.as_str());
+            (at, own.or_else(|| added(weight)))
+        })
     }
 
     /// Quantizers of activations.
@@ -93,6 +121,12 @@ impl Net {
     /// Running statistics of batch norms.
     pub fn norms(&self) -> &[NormState] {
         &self.norms
+    }
+
+    /// Samples that may run together, of `wanted`: all, or one where the graph's batch size is fixed and its operators
+    /// go by it.
+    pub fn together(&self, wanted: usize) -> usize {
+        if self.single && !self.together { 1 } else { wanted.max(1) }
     }
 
     /// The name of the input.
@@ -119,16 +153,16 @@ impl Net {
         self.normalizes = normalizes;
     }
 
-    /// Reads ranges off what was seen in [`Mode::Observe`].
+    /// Batch norms to be go by what was seen in [`Mode::Observe`].
     ///
     /// # Errors
-    /// Nothing was seen of a tensor, or values that aren't finite.
-    pub fn conclude(&mut self, observer: Choice) -> Result<()> {
+    /// What candle refuses.
+    pub fn conclude(&mut self) -> Result<()> {
         for renorm in &mut self.renorms {
             let at = |e: candle_core::Error| ModelError::Graph { what: "batch norms".into(), why: e.to_string() };
             renorm.conclude(&mut self.norms[renorm.norm]).map_err(at)?;
         }
-        self.activations.iter_mut().filter(|a| !a.fixed).try_for_each(|a| a.conclude(observer))
+        Ok(())
     }
 
     /// Keeps learned scales above nothing: after each step of an optimizer.
@@ -144,37 +178,23 @@ impl Net {
     /// # Errors
     /// An operator that refuses its inputs, by node.
     pub fn forward(&mut self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut values = self.run(x, mode, &mut |_, _| {})?;
+        let mut values = self.run(x, mode)?;
         match values.remove(&self.output) {
             Some(Value::Float(y)) => Ok(y),
             _ => Err(ModelError::Graph { what: self.output.clone(), why: "isn't a tensor of floats".into() }),
         }
     }
 
-    /// Dimensions of every tensor, by their number.
-    ///
-    /// # Errors
-    /// As [`Net::forward`].
-    pub fn ranks(&mut self, x: &Tensor) -> Result<BTreeMap<String, usize>> {
-        let mut ranks = BTreeMap::from([(self.input.clone(), x.rank())]);
-        self.run(x, Mode::Evaluate, &mut |name, value| {
-            if let Value::Float(tensor) = value {
-                ranks.insert(name.to_owned(), tensor.rank());
-            }
-        })?;
-        Ok(ranks)
-    }
-
-    fn run(&mut self, x: &Tensor, mode: Mode, seen: &mut dyn FnMut(&str, &Value)) -> Result<HashMap<String, Value>> {
+    fn run(&mut self, x: &Tensor, mode: Mode) -> Result<HashMap<String, Value>> {
         let mut values: HashMap<String, Value> = HashMap::with_capacity(2 * self.steps.len());
         values.insert(self.input.clone(), x.clone().into());
         for (name, var) in &self.parameters {
             values.insert(name.clone(), var.as_tensor().clone().into());
         }
         self.quantize_parameters(&mut values, mode)?;
+        let samples = if self.single { x.dim(0).unwrap_or(1) } else { 1 };
         for at in 0..self.steps.len() {
-            let (name, value) = self.step(at, &values, mode)?;
-            seen(&name, &value);
+            let (name, value) = self.step(at, &values, (mode, samples))?;
             values.insert(name, value);
             for name in &self.finished[at] {
                 values.remove(name);
@@ -227,7 +247,12 @@ impl Net {
         self.renorms.iter().map(fold).collect()
     }
 
-    fn step(&mut self, at: usize, values: &HashMap<String, Value>, mode: Mode) -> Result<(String, Value)> {
+    fn step(
+        &mut self,
+        at: usize,
+        values: &HashMap<String, Value>,
+        (mode, samples): (Mode, usize),
+    ) -> Result<(String, Value)> {
         let constants = &self.constants;
         let value = |name: &str| values.get(name).or_else(|| constants.get(name));
         let float = |name: &str| match value(name) {
@@ -236,7 +261,7 @@ impl Net {
         };
         let call = |id: usize| {
             let node: &NodeProto = &self.model.graph().node[id];
-            Call { node, inputs: node.input.iter().map(|name| value(name)).collect() }
+            Call { node, inputs: node.input.iter().map(|name| value(name)).collect(), samples }
         };
         match &self.steps[at] {
             Step::Node { id, operator } => {
@@ -269,6 +294,11 @@ impl Net {
             }
             Step::Gelu { input, output } => {
                 let y = ops::gelu(float(input)?);
+                let y = y.map_err(|e| ModelError::Graph { what: output.clone(), why: e.to_string() })?;
+                Ok((output.clone(), y.into()))
+            }
+            Step::LayerNorm { input, affine: [gain, offset], epsilon, output } => {
+                let y = ops::layer_norm(float(input)?, float(gain)?, float(offset)?, *epsilon);
                 let y = y.map_err(|e| ModelError::Graph { what: output.clone(), why: e.to_string() })?;
                 Ok((output.clone(), y.into()))
             }

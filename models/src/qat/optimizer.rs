@@ -3,7 +3,7 @@
 //! candle-nn's AdamW keeps its moments to itself, so that training couldn't go on from a file; the arithmetic is the
 //! same, which a test holds. Plain gradient descent is candle-nn's.
 
-use super::ops::lend;
+use super::ops::{Axis, lend};
 use crate::{ModelError, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
@@ -17,8 +17,21 @@ pub struct Group {
     pub var: Var,
     /// Its share of the learning rate.
     pub rate: f64,
+    /// Shares of that of its channels, and where channels are; none: all alike.
+    pub channels: Option<(Axis, Vec<f32>)>,
     /// Whether it decays: matrices do; biases, norms and scales don't.
     pub decays: bool,
+}
+
+impl Group {
+    /// The share of the learning rate of value `i` of `n`.
+    pub(super) fn share(&self, i: usize, n: usize) -> f32 {
+        match &self.channels {
+            Some((Axis::First, shares)) => shares[i / (n / shares.len()).max(1)],
+            Some((Axis::Last, shares)) => shares[i % shares.len()],
+            Some((Axis::Tensor, _)) | None => 1.0,
+        }
+    }
 }
 
 /// What moves parameters against their gradients.
@@ -82,12 +95,13 @@ impl Optimizer {
                     let kept = (1.0 - rate * decay) as f32;
                     let (rate, c1, c2) = (rate as f32, 1.0 / corrections[0] as f32, 1.0 / corrections[1] as f32);
                     let state = first.iter_mut().zip(second.iter_mut());
-                    let one = |((&g, &w), (m, v)): ((&f32, &f32), (&mut f32, &mut f32))| {
+                    let one = |(i, ((&g, &w), (m, v))): (usize, ((&f32, &f32), (&mut f32, &mut f32)))| {
                         *m = b1 * *m + (1.0 - b1) * g;
                         *v = b2 * *v + (1.0 - b2) * g * g;
-                        w * kept - rate * (*m * c1) / ((*v * c2).sqrt() + EPSILON as f32)
+                        let share = group.share(i, old.len());
+                        w * kept - rate * share * (*m * c1) / ((*v * c2).sqrt() + EPSILON as f32)
                     };
-                    Ok(grad.iter().zip(old).zip(state).map(one).collect::<Vec<f32>>())
+                    Ok(grad.iter().zip(old).zip(state).enumerate().map(one).collect::<Vec<f32>>())
                 })
             });
             let new = stepped.and_then(|new| Tensor::from_vec(new, group.var.dims(), &Device::Cpu));

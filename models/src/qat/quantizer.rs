@@ -5,7 +5,7 @@ use super::ops::{Axis, FakeQuantize, clamp, fake_quantize, lend};
 use crate::{ModelError, Result};
 use candle_core::{Device, Tensor, Var};
 use nibble_quant::Range;
-use nibble_quant::observer::{Choice, IntGrid, QParams, Statistics};
+use nibble_quant::observer::{IntGrid, QParams, Statistics};
 use nibble_quant::onnx::weights::least_scales;
 
 /// Share of a batch's range in the moving average of ranges, as PyTorch has it.
@@ -20,7 +20,7 @@ pub enum Mode {
     Train,
     /// Quantized.
     Evaluate,
-    /// In floats, weights too; observers take in what they see.
+    /// In floats, weights too; batch norms to be take in what they see.
     Observe,
 }
 
@@ -56,11 +56,10 @@ pub struct ActivationQuantizer {
     /// The scale is learned.
     pub learn: bool,
     least: f32,
-    statistics: Statistics,
 }
 
 impl ActivationQuantizer {
-    pub(super) fn new(name: &str, initializers: [String; 2], grid: IntGrid, histogram: bool) -> Result<Self> {
+    pub(super) fn new(name: &str, initializers: [String; 2], grid: IntGrid) -> Result<Self> {
         let scale = Var::from_vec(vec![1f32], 1, &Device::Cpu).map_err(candle(name))?;
         Ok(Self {
             name: name.to_owned(),
@@ -74,7 +73,6 @@ impl ActivationQuantizer {
             follows: false,
             learn: false,
             least: 0.0,
-            statistics: Statistics::new(histogram),
         })
     }
 
@@ -95,12 +93,6 @@ impl ActivationQuantizer {
         self.scale.set(&scale).map_err(candle(&self.name))
     }
 
-    /// Reads the range off what was seen.
-    pub(super) fn conclude(&mut self, observer: Choice) -> Result<()> {
-        let range = observer.range(&self.name, &self.statistics, self.grid)?;
-        self.set_range(range)
-    }
-
     /// A learned scale that fell to nothing comes back.
     pub(super) fn restrain(&mut self) -> Result<()> {
         if !self.learn {
@@ -117,15 +109,7 @@ impl ActivationQuantizer {
     pub(super) fn pass(&mut self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let name = self.name.clone();
         match mode {
-            Mode::Observe => {
-                let x = clamp(x, self.clip.lo, self.clip.hi).map_err(candle(&name))?;
-                let seen = lend(&x, |x| {
-                    self.statistics.observe(x);
-                    Ok(())
-                });
-                seen.map_err(candle(&name))?;
-                return Ok(x);
-            }
+            Mode::Observe => return clamp(x, self.clip.lo, self.clip.hi).map_err(candle(&name)),
             Mode::Train if self.follows && !self.fixed => {
                 let mut seen = Statistics::new(false);
                 let read = lend(x, |x| {

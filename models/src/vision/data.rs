@@ -26,11 +26,20 @@ pub struct DataOptions {
     pub tokens: usize,
 }
 
+impl Default for DataOptions {
+    /// The middle of every picture, as ImageNet's models take it.
+    fn default() -> Self {
+        let preprocess = picture::PREPROCESS[0];
+        Self { preprocess, crops: 0, seed: 0, bgr: false, limit: None, tokenizer: None, tokens: 128 }
+    }
+}
+
 /// One set of inputs, by name, of batch size 1.
 pub type Sample = Vec<(String, Tensor)>;
 
 /// Where samples come from. In memory there is one at a time; of an .npz or .safetensors file, all of the file's.
 pub struct Data {
+    held: Vec<Sample>,
     files: Vec<PathBuf>,
     others: Vec<PathBuf>,
     inputs: Vec<Input>,
@@ -95,7 +104,21 @@ impl Data {
             Some(text) => Some(Texts::open(options.tokenizer.as_deref(), text, options.tokens)?),
             None => None,
         };
-        Ok(Data { files, others, inputs: inputs.to_vec(), options, texts, root: path.to_owned() })
+        Ok(Data { held: Vec::new(), files, others, inputs: inputs.to_vec(), options, texts, root: path.to_owned() })
+    }
+
+    /// Samples that are in memory already, as they were read from `path`.
+    pub fn held(samples: Vec<Sample>, path: &Path) -> Data {
+        let [files, others] = [Vec::new(), Vec::new()];
+        Data {
+            held: samples,
+            files,
+            others,
+            inputs: Vec::new(),
+            options: DataOptions::default(),
+            texts: None,
+            root: path.to_owned(),
+        }
     }
 
     /// Files that samples come from.
@@ -113,7 +136,7 @@ impl Data {
     /// # Errors
     /// A file of arrays or texts that can't be read or doesn't fit.
     pub fn count(&self) -> Result<u64> {
-        let mut count = 0;
+        let mut count = self.held.len();
         for file in &self.files {
             count += match (PICTURES.contains(&extension(file).as_str()), self.texts_of(file)) {
                 (true, _) => self.options.crops.max(1),
@@ -131,6 +154,12 @@ impl Data {
     pub fn each(&self, each: &mut dyn FnMut(Sample, &Path) -> Result<bool>) -> Result<usize> {
         let mut count = 0;
         let limit = self.options.limit.unwrap_or(usize::MAX);
+        for sample in self.held.iter().take(limit) {
+            if !each(sample.clone(), &self.root)? {
+                return Ok(count);
+            }
+            count += 1;
+        }
         for (index, file) in self.files.iter().enumerate() {
             let more = self.samples(file, index, &mut |sample| {
                 let more = count < limit && each(sample, file)?;

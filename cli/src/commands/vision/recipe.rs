@@ -12,7 +12,7 @@ use nibble_models::vision::calibrate::CalibrateOptions;
 use nibble_models::vision::data::Data;
 use nibble_models::vision::diagnose::layers;
 use nibble_models::vision::prepare::{Equalize, Prepared, prepare, runs};
-use nibble_quant::observer::{self, IntGrid, IntType};
+use nibble_quant::observer::{self, Choice, IntGrid, IntType};
 use nibble_quant::onnx::plan::{self, Stored, plan};
 use nibble_quant::onnx::weights::Rounding;
 use nibble_quant::onnx::{Fine, Folded, Graph, Mode, Model, Packing, Selector, Settings, Target, opset};
@@ -84,7 +84,7 @@ pub struct Recipe {
     no_fine: bool,
     /// Multiply ranges by this: values of other samples are larger than those of the few that are seen [default: 1.1 with
     /// minmax, 1 with observers that cut values off]
-    #[arg(long, value_name = "FACTOR", value_parser = headroom)]
+    #[arg(long, value_name = "FACTOR", value_parser = factor)]
     headroom: Option<f32>,
     /// Leave the ranges of channels as they are
     #[arg(long)]
@@ -138,8 +138,13 @@ enum TargetWord {
 /// What smallest and largest values are multiplied by.
 const HEADROOM: f32 = 1.1;
 
+/// What ranges are multiplied by where the user doesn't say.
+pub fn headroom(observer: Choice) -> f32 {
+    if observer.observer.name == "minmax" { HEADROOM } else { 1.0 }
+}
+
 /// Reads a factor for ranges.
-fn headroom(text: &str) -> Result<f32, String> {
+fn factor(text: &str) -> Result<f32, String> {
     let factor = text.parse::<f32>().ok().filter(|f| (0.1..=10.0).contains(f));
     factor.ok_or_else(|| format!("`{text}`: a factor from 0.1 to 10 is possible"))
 }
@@ -240,7 +245,7 @@ impl Recipe {
             observer,
             threads,
             correct_bias: !self.no_bias_correction,
-            headroom: self.headroom.unwrap_or(if observer.observer.name == "minmax" { HEADROOM } else { 1.0 }),
+            headroom: self.headroom.unwrap_or(headroom(observer)),
             stop: session.stop(),
         })
     }

@@ -12,7 +12,7 @@ use nibble_models::qat::arch::{self, ARCHITECTURES};
 use nibble_models::qat::dataset::{Augment, Dataset};
 use nibble_models::qat::net::Net;
 use nibble_models::qat::optimizer::Method;
-use nibble_models::qat::train::{self, Distill, Epoch, TrainSettings};
+use nibble_models::qat::train::{self, Epoch, TrainSettings};
 use nibble_models::vision::picture::{Frame, preprocess};
 use nibble_quant::onnx::External;
 use serde_json::json;
@@ -88,7 +88,8 @@ pub struct Training {
     /// Samples of a step
     #[arg(long, value_name = "N", default_value_t = 64)]
     batch_size: usize,
-    /// The learning rate at its highest; it rises in the first steps and falls along a cosine [default: 0.002; qat: 0.0005]
+    /// The learning rate at its highest; it rises in the first steps and falls along a cosine [default: 0.002; qat: 0.0005, or
+    /// less if the first gradient says so]
     #[arg(long, value_name = "RATE")]
     rate: Option<f64>,
     /// What moves parameters
@@ -122,6 +123,11 @@ enum OptimizerWord {
 }
 
 impl Training {
+    /// Whether the user chose the learning rate.
+    pub fn has_rate(&self) -> bool {
+        self.rate.is_some()
+    }
+
     /// The settings; `rate` is what the learning rate is by default.
     pub fn settings(&self, rate: f64, samples: usize) -> Result<TrainSettings> {
         if self.batch_size == 0 {
@@ -172,14 +178,14 @@ pub fn run(
         session.stop(),
         &mut |_, _| meter.add_thing(""),
         &mut |e| {
+            let right = e.accuracy.map_or(String::new(), |_| format!(", right {}", percent(e.accuracy)));
+            let held_out = match e.valid_db {
+                Some(db) => format!(", those held out {db:.2} dB"),
+                None => e.valid.map_or(String::new(), |_| format!(", of those held out {}", percent(e.valid))),
+            };
             meter.remark(&format!(
-                "epoch {}/{}: loss {:.4}, right {}, of those held out {}, {:.2} s",
-                e.epoch,
-                settings.epochs,
-                e.loss,
-                percent(e.accuracy),
-                percent(e.valid),
-                e.seconds
+                "epoch {}/{}: loss {:.5}{right}{held_out}, {:.2} s",
+                e.epoch, settings.epochs, e.loss, e.seconds
             ));
         },
     )?;
@@ -189,15 +195,6 @@ pub fn run(
 /// The classes that a network gives to the samples held out.
 pub fn classes(net: &mut Net, valid: Option<&Dataset>) -> Result<Option<Vec<u32>>> {
     Ok(valid.map(|valid| train::classes(net, valid)).transpose()?)
-}
-
-/// Distillation as it is typed.
-pub fn distill(share: Option<f64>, temperature: f64) -> Result<Option<Distill>> {
-    let sound = temperature > 0.0 && temperature.is_finite() && share.is_none_or(|s| (0.0..=1.0).contains(&s));
-    match sound {
-        true => Ok(share.map(|share| Distill { share, temperature })),
-        false => Err(Usage("--distill wants a share in 0..=1, --temperature a number above 0".into()).into()),
-    }
 }
 
 impl Run for Train {

@@ -1,21 +1,22 @@
 //! From a model to a network: which initializers are parameters, and what becomes of each node.
 
+mod computed;
 mod together;
 
 use super::{Net, NormState, Step, Value, operators};
 use crate::graph::inputs;
 use crate::qat::ops::{Axis, BatchStatistics};
-use crate::qat::quantizer::{ActivationQuantizer, BiasQuantizer, WeightQuantizer};
+use crate::qat::quantizer::{ActivationQuantizer, BiasQuantizer, Mode, WeightQuantizer};
+use crate::vision::prepare::Prepared;
 use crate::{ModelError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use nibble_quant::Range;
 use nibble_quant::observer::{IntGrid, IntType};
 use nibble_quant::onnx::graph::label;
-use nibble_quant::onnx::groups::{GroupKind, groups};
 use nibble_quant::onnx::proto::*;
 use nibble_quant::onnx::tensor::{floats, ints, scalar};
 use nibble_quant::onnx::weights::{Layout, Rounding, Seen, quantize};
-use nibble_quant::onnx::{Calibration, Folded, Graph, Model, Selector, Settings, plan, qdq};
+use nibble_quant::onnx::{Fine, Graph, Model, Selector, Settings};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// How a network is quantized.
@@ -27,8 +28,6 @@ pub struct QatSettings {
     pub activation_bits: u32,
     /// Scales are learned (LSQ).
     pub learn: bool,
-    /// Observers read a histogram.
-    pub histogram: bool,
     /// What weights' scales start from, if they are learned: a name in [`nibble_quant::algo::ALGORITHMS`].
     pub algorithm: &'static str,
     /// Convolutions are followed by batch norms in training, which are folded into them at the end.
@@ -37,6 +36,22 @@ pub struct QatSettings {
     pub exclude: Vec<Selector>,
     /// If there are any, only these are quantized.
     pub include: Vec<Selector>,
+    /// Layers that read activations in two terms.
+    pub fine: Vec<Fine>,
+}
+
+impl QatSettings {
+    /// The same for the planner.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            activation: IntGrid::asymmetric(IntType::U8).with_bits(self.activation_bits),
+            weights: Rounding { per_channel: true, bits: self.weight_bits as u8, pairs: false, algorithm: "rtn" },
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            fine: self.fine.clone(),
+            ..Settings::default()
+        }
+    }
 }
 
 fn refuse(what: &str, why: impl ToString) -> ModelError {
@@ -62,40 +77,46 @@ impl Net {
     /// # Errors
     /// An operator that can't be trained, by node; more inputs than one; or a graph that is none.
     pub fn float(model: &Model) -> Result<Net> {
-        build(model, None)
+        let mut net = build(model, None)?;
+        net.find_together(model);
+        Ok(net)
     }
 
-    /// The quantized network of a folded float model, with its parameters. `sample` is a batch to find shapes by.
+    /// Whether a graph of one sample gives two of them what it gives each.
+    fn find_together(&mut self, model: &Model) {
+        let dims: Option<Vec<usize>> = inputs(model).first().and_then(|i| i.dims.iter().copied().collect());
+        let Some(dims) = dims.filter(|_| self.single) else { return };
+        let mut outputs = |samples: &[u32]| -> candle_core::Result<Vec<f32>> {
+            let size: usize = dims.iter().product();
+            // Any values that differ.
+            let value = |sample: u32, i: usize| ((i as u32 * 7919 + sample * 104_729) % 257) as f32 / 128.0 - 1.0;
+            let values = samples.iter().flat_map(|&s| (0..size).map(move |i| value(s, i))).collect();
+            let x = Tensor::from_vec(values, [&[samples.len()], &dims[1..]].concat(), &Device::Cpu)?;
+            let y = self.forward(&x, Mode::Evaluate).map_err(candle_core::Error::wrap)?;
+            y.flatten_all()?.to_vec1()
+        };
+        let alone = outputs(&[1]).and_then(|one| Ok([one, outputs(&[2])?].concat()));
+        let (Ok(alone), Ok(both)) = (alone, outputs(&[1, 2])) else { return };
+        let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v) * f64::from(v)).sum::<f64>();
+        let apart = squares(&mut alone.iter().zip(&both).map(|(a, b)| a - b));
+        self.together = alone.len() == both.len() && apart <= 1e-6 * squares(&mut alone.iter().copied());
+    }
+
+    /// The network of what `prepared` becomes in integers, with its float model's parameters: ranges are those of its
+    /// calibration, biases are corrected if that was wanted. It was planned by [`QatSettings::settings`].
     ///
     /// # Errors
-    /// As [`Net::float`], and what planning and quantizing refuse.
-    pub fn quantized(float: &Model, folded: &Folded, how: &QatSettings, sample: &Tensor) -> Result<Net> {
-        let activation = IntGrid::asymmetric(IntType::U8).with_bits(how.activation_bits);
-        let settings = Settings {
-            activation,
-            weights: Rounding { per_channel: true, bits: how.weight_bits as u8, pairs: false, algorithm: "rtn" },
-            include: how.include.clone(),
-            exclude: how.exclude.clone(),
-            // What a second term makes up for is learned.
-            fine: Vec::new(),
-            ..Settings::default()
-        };
-        let plan = plan(float, &settings, folded)?;
-        let mut net = Net::float(float)?;
-        // Ranges are found later; they don't change what the graph looks like.
-        let range = |name: String| (name, Range { lo: -1.0, hi: 1.0 });
-        let calibration = Calibration {
-            ranges: plan.observed().into_iter().map(range).collect(),
-            ranks: net.ranks(sample)?,
-            ..Calibration::default()
-        };
-        let quantized = qdq::quantize(float, &plan, &calibration)?;
-        let mut net = build(&quantized, Some((float, how)))?;
+    /// As [`Net::float`], and what quantizing refuses.
+    pub fn quantized(prepared: &Prepared, how: &QatSettings) -> Result<Net> {
+        let Prepared { model: float, plan, .. } = prepared;
+        let together = Net::float(float)?.together;
+        let mut net = build(&prepared.quantize()?, Some((float, how)))?;
+        net.together = together;
         if net.weights.is_empty() {
             return Err(refuse("graph", "nothing in it is quantized: no Conv, Gemm or MatMul with constant weights"));
         }
         for quantizer in &mut net.activations {
-            quantizer.grid = activation;
+            quantizer.grid = plan.settings.activation;
             let root = plan.scales.get(&quantizer.name).unwrap_or(&quantizer.name);
             if let Some(clip) = plan.clips.get(root) {
                 quantizer.clip = Range { lo: clip.lo, hi: clip.hi };
@@ -116,6 +137,7 @@ fn build(model: &Model, quantized: Option<(&Model, &QatSettings)>) -> Result<Net
     let [input] = declared.as_slice() else {
         return Err(refuse("graph", format!("{} inputs; models with one can be trained", declared.len())));
     };
+    let single = input.dims.first() == Some(&Some(1));
     let output = model.graph().output.first().map(|o| o.name().to_owned()).unwrap_or_default();
     let mut net = Net {
         model: model.clone(),
@@ -131,12 +153,23 @@ fn build(model: &Model, quantized: Option<(&Model, &QatSettings)>) -> Result<Net
         normalizes: false,
         input: input.name.clone(),
         output,
+        single,
+        together: false,
     };
-    let mut builder = Builder { graph, quantized, net: &mut net, by_scale: HashMap::new(), skipped: HashSet::new() };
-    builder.gelus();
+    let mut builder = Builder {
+        graph,
+        quantized,
+        net: &mut net,
+        by_scale: HashMap::new(),
+        skipped: HashSet::new(),
+        fused: HashMap::new(),
+        computed: Vec::new(),
+    };
+    builder.written_out()?;
     builder.weights()?;
     builder.biases()?;
     builder.steps()?;
+    builder.compute(model)?;
     builder.initializers()?;
     net.find_finished();
     Ok(net)
@@ -150,24 +183,13 @@ struct Builder<'a> {
     by_scale: HashMap<&'a str, usize>,
     /// Nodes that another step does.
     skipped: HashSet<usize>,
+    /// Steps of several nodes, by the output of their last.
+    fused: HashMap<String, Step>,
+    /// Tensors that the embedded engine computes once.
+    computed: Vec<String>,
 }
 
 impl<'a> Builder<'a> {
-    /// GELUs written out become one step each, at their last node.
-    fn gelus(&mut self) {
-        for group in groups(&self.graph).into_iter().filter(|g| g.kind == GroupKind::Gelu && g.nodes.len() > 1) {
-            let Some((last, inner)) = group.nodes.split_last() else { continue };
-            let alone = |&id: &usize| {
-                let out = self.graph.node(id).out();
-                self.graph.is_private(out) && self.graph.consumers(out).iter().all(|(id, _)| group.nodes.contains(id))
-            };
-            if inner.iter().all(alone) {
-                self.skipped.extend(inner);
-                self.net.steps.push(Step::Gelu { input: group.input, output: self.graph.node(*last).out().to_owned() });
-            }
-        }
-    }
-
     /// The float initializer that a DequantizeLinear stands for, by the name that the writer gave the node.
     fn original(&self, node: &NodeProto) -> Option<&'a TensorProto> {
         let base = node.name().strip_suffix("_DequantizeLinear")?;
@@ -267,10 +289,11 @@ impl<'a> Builder<'a> {
                 return Err(refuse(&label(layer), "has an integer bias, but no quantized input and weight"));
             };
             let input = self.quantizer(scale)?;
-            let parameter = match self.original(node) {
-                Some(float) => float.clone(),
-                None => self.dequantized(node, codes)?,
-            };
+            // What its codes say is corrected; what it was called stays.
+            let mut parameter = self.dequantized(node, codes)?;
+            if let Some(float) = self.original(node) {
+                parameter.name = Some(float.name().to_owned());
+            }
             let name = parameter.name().to_owned();
             let variable = self.variable(&parameter)?;
             self.net.parameters.entry(name.clone()).or_insert(variable);
@@ -302,9 +325,8 @@ impl<'a> Builder<'a> {
             return Err(refuse(&label(node), "scale and zero point aren't constant numbers"));
         };
         let grid = IntGrid::asymmetric(IntType::U8).with_bits(self.bits(node)?);
-        let histogram = self.quantized.is_some_and(|(_, how)| how.histogram);
         let initializers = [scale.to_owned(), node.arg(2).to_owned()];
-        let mut quantizer = ActivationQuantizer::new(&name, initializers, grid, histogram)?;
+        let mut quantizer = ActivationQuantizer::new(&name, initializers, grid)?;
         let (low, high) = grid.limits();
         let end = |code: i32| (code - zero as i32) as f32 * value;
         quantizer.set_range(Range { lo: end(low), hi: end(high) })?;
@@ -322,19 +344,13 @@ impl<'a> Builder<'a> {
     }
 
     fn steps(&mut self) -> Result<()> {
-        let mut gelus: HashMap<String, Step> = HashMap::new();
-        for step in std::mem::take(&mut self.net.steps) {
-            if let Step::Gelu { output, .. } = &step {
-                gelus.insert(output.clone(), step);
-            }
-        }
         let nodes: Vec<(usize, &'a NodeProto)> = self.graph.nodes().collect();
         for (id, node) in nodes {
             if self.skipped.contains(&id) {
                 continue;
             }
-            if let Some(gelu) = gelus.remove(node.out()) {
-                self.net.steps.push(gelu);
+            if let Some(step) = self.fused.remove(node.out()) {
+                self.net.steps.push(step);
                 continue;
             }
             if node.is("MatMul")
@@ -362,6 +378,7 @@ impl<'a> Builder<'a> {
                 "BatchNormalization" if node.is("BatchNormalization") => self.batch_norm(id, node)?,
                 _ => match operators::find(node) {
                     Some(operator) => self.net.steps.push(Step::Node { id, operator }),
+                    None if self.computes_constants(node) => {}
                     None => {
                         let known: Vec<&str> = operators::OPERATORS.iter().map(|o| o.name).collect();
                         let why = format!("operator {} can't be trained; known: {}", node.op_type(), known.join(", "));
@@ -414,8 +431,10 @@ impl<'a> Builder<'a> {
             {
                 read.extend(self.graph.node(*id).input.iter().map(String::as_str));
             }
-            if let Step::Linear { bias, .. } = step {
-                read.insert(bias);
+            match step {
+                Step::Linear { bias, .. } => drop(read.insert(bias)),
+                Step::LayerNorm { affine, .. } => read.extend(affine.iter().map(String::as_str)),
+                _ => {}
             }
         }
         let taken: HashSet<&String> = self.net.norms.iter().flat_map(|n| &n.initializers).collect();
@@ -450,6 +469,7 @@ impl Net {
                 read.push(bias.clone());
                 read
             }
+            Step::LayerNorm { input, affine: [gain, offset], .. } => vec![input.clone(), gain.clone(), offset.clone()],
             Step::Gelu { input, .. } | Step::Quantize { input, .. } => vec![input.clone()],
         }
     }

@@ -313,6 +313,10 @@ fn reshape(c: &Call) -> Result<Value> {
             d => usize::try_from(d).map_err(|_| c.refuse(format!("shape {wanted:?}")))?,
         });
     }
+    // A graph of one sample says so in its shapes.
+    if c.samples > 1 && dims.first() == Some(&1) && open != Some(0) && x.dims().first() == Some(&c.samples) {
+        dims[0] = c.samples;
+    }
     if let Some(at) = open {
         let others: usize = dims.iter().product();
         dims[at] = x.elem_count().checked_div(others).unwrap_or(0);
@@ -343,7 +347,15 @@ fn concat(c: &Call) -> Result<Value> {
     let parts = (0..c.inputs.len()).map(|slot| c.tensor(slot)).collect::<Result<Vec<_>>>()?;
     let Some(first) = parts.first() else { return Err(c.refuse("of nothing")) };
     let axis = c.axis(c.node.int("axis", 0), first.rank())?;
-    let whole = parts.iter().map(|p| p.contiguous()).collect::<candle_core::Result<Vec<_>>>();
+    let many = parts.iter().any(|p| p.dims().first() == Some(&c.samples));
+    let whole = parts.iter().map(|p| match p.dims() {
+        // What a graph of one sample has beside it, others have too.
+        [1, rest @ ..] if c.samples > 1 && many && axis > 0 => {
+            p.broadcast_as([&[c.samples], rest].concat())?.contiguous()
+        }
+        _ => p.contiguous(),
+    });
+    let whole = whole.collect::<candle_core::Result<Vec<_>>>();
     float(c, whole.and_then(|parts| Tensor::cat(&parts, axis)))
 }
 

@@ -38,6 +38,8 @@ pub struct Call<'a> {
     pub node: &'a NodeProto,
     /// One an input; `None` for those left out.
     pub inputs: Vec<Option<&'a Value>>,
+    /// Samples that run together where the graph says one; 1 otherwise.
+    pub samples: usize,
 }
 
 impl<'a> Call<'a> {

@@ -2,13 +2,67 @@
 
 use super::{Builder, refuse};
 use crate::Result;
-use crate::qat::net::NormState;
 use crate::qat::net::renorm::Renorm;
+use crate::qat::net::{NormState, Step};
 use crate::qat::ops::Axis;
 use nibble_quant::onnx::graph::label;
+use nibble_quant::onnx::groups::{Group, GroupKind, groups};
 use nibble_quant::onnx::proto::NodeProto;
+use nibble_quant::onnx::tensor::{floats, ints};
 
 impl<'a> Builder<'a> {
+    /// GELUs and layer norms written out become one step each, at their last node.
+    pub(super) fn written_out(&mut self) -> Result<()> {
+        for group in groups(&self.graph).into_iter().filter(|g| g.nodes.len() > 1) {
+            let Some((last, inner)) = group.nodes.split_last() else { continue };
+            let alone = |&id: &usize| {
+                let out = self.graph.node(id).out();
+                self.graph.is_private(out) && self.graph.consumers(out).iter().all(|(id, _)| group.nodes.contains(id))
+            };
+            if !inner.iter().all(alone) {
+                continue;
+            }
+            let output = self.graph.node(*last).out().to_owned();
+            let step = match (group.kind, self.layer_norm(&group)?) {
+                (GroupKind::Gelu, _) => Step::Gelu { input: group.input, output },
+                (GroupKind::LayerNorm, Some((affine, epsilon))) => {
+                    Step::LayerNorm { input: group.input, affine, epsilon, output }
+                }
+                _ => continue,
+            };
+            self.skipped.extend(inner);
+            self.fused.insert(self.graph.node(*last).out().to_owned(), step);
+        }
+        Ok(())
+    }
+
+    /// Gain, offset and epsilon of a layer norm over the last dimension, if the group is one.
+    fn layer_norm(&self, group: &Group) -> Result<Option<([String; 2], f32)>> {
+        let Some((gain, offset)) = group.affine.clone().filter(|_| group.kind == GroupKind::LayerNorm) else {
+            return Ok(None);
+        };
+        let mut epsilon = None;
+        for &id in &group.nodes {
+            let node = self.graph.node(id);
+            if node.is("ReduceMean") {
+                let axes = match (node.attr("axes"), self.graph.constant(node.arg(1))) {
+                    (Some(axes), _) => axes.ints.clone(),
+                    (None, Some(axes)) => ints(axes)?,
+                    (None, None) => return Ok(None),
+                };
+                if axes != [-1] {
+                    return Ok(None);
+                }
+            }
+            if node.is("Add") && epsilon.is_none() {
+                let constants = (0..2).filter_map(|slot| self.graph.constant(node.arg(slot)));
+                let numbers = constants.map(floats).collect::<Result<Vec<_>, _>>()?;
+                epsilon = numbers.into_iter().find(|v| v.len() == 1).map(|v| v[0]);
+            }
+        }
+        Ok(epsilon.map(|epsilon| ([gain, offset], epsilon)))
+    }
+
     /// A batch norm for a convolution whose weight and bias are integers, if such ones are wanted.
     pub(super) fn renorm(&mut self, node: &NodeProto) -> Result<Option<usize>> {
         if !node.is("Conv") || !self.quantized.is_some_and(|(_, how)| how.batch_norms) {
