@@ -67,7 +67,7 @@ pub fn quantized_with(float: &Model, data: &Dataset, bits: u32, learn: bool, bat
     let stop = AtomicBool::new(false);
     let observer = choose("mse").unwrap();
     let options = CalibrateOptions { observer, threads: 1, correct_bias: !learn, headroom: 1.0, stop: &stop };
-    let seen = data.drawn(&model.graph().input[0].name().to_owned(), 64, 0).unwrap();
+    let seen = data.drawn(model.graph().input[0].name(), 64, 0).unwrap();
     let equalize = Equalize::Channels;
     let prepared = prepare(model, folded, &how.settings(), &seen, equalize, &options, &mut || ()).unwrap();
     let mut net = Net::quantized(&prepared, &how).unwrap();

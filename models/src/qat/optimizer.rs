@@ -24,12 +24,16 @@ pub struct Group {
 }
 
 impl Group {
-    /// The share of the learning rate of value `i` of `n`.
-    pub(super) fn share(&self, i: usize, n: usize) -> f32 {
+    /// The share of the learning rate of each value.
+    pub(super) fn shares(&self) -> Vec<f32> {
+        let n = self.var.elem_count();
         match &self.channels {
-            Some((Axis::First, shares)) => shares[i / (n / shares.len()).max(1)],
-            Some((Axis::Last, shares)) => shares[i % shares.len()],
-            Some((Axis::Tensor, _)) | None => 1.0,
+            Some((Axis::First, shares)) => {
+                let row = n / shares.len().max(1);
+                shares.iter().flat_map(|&share| std::iter::repeat_n(share, row)).collect()
+            }
+            Some((Axis::Last, shares)) => shares.iter().copied().cycle().take(n).collect(),
+            Some((Axis::Tensor, _)) | None => vec![1.0; n],
         }
     }
 }
@@ -94,14 +98,15 @@ impl Optimizer {
                     let [b1, b2] = BETAS.map(|b| b as f32);
                     let kept = (1.0 - rate * decay) as f32;
                     let (rate, c1, c2) = (rate as f32, 1.0 / corrections[0] as f32, 1.0 / corrections[1] as f32);
-                    let state = first.iter_mut().zip(second.iter_mut());
-                    let one = |(i, ((&g, &w), (m, v))): (usize, ((&f32, &f32), (&mut f32, &mut f32)))| {
+                    let shares = group.shares();
+                    let state = first.iter_mut().zip(second.iter_mut()).zip(&shares);
+                    let mut new = Vec::with_capacity(old.len());
+                    for ((&g, &w), ((m, v), share)) in grad.iter().zip(old).zip(state) {
                         *m = b1 * *m + (1.0 - b1) * g;
                         *v = b2 * *v + (1.0 - b2) * g * g;
-                        let share = group.share(i, old.len());
-                        w * kept - rate * share * (*m * c1) / ((*v * c2).sqrt() + EPSILON as f32)
-                    };
-                    Ok(grad.iter().zip(old).zip(state).enumerate().map(one).collect::<Vec<f32>>())
+                        new.push(w * kept - rate * share * (*m * c1) / ((*v * c2).sqrt() + EPSILON as f32));
+                    }
+                    Ok(new)
                 })
             });
             let new = stepped.and_then(|new| Tensor::from_vec(new, group.var.dims(), &Device::Cpu));

@@ -291,11 +291,11 @@ pub fn bearable_rate(
     for group in groups(net)? {
         let Some(grad) = gradients.get(group.var.as_tensor()) else { continue };
         promised += lend(grad, |grad| {
-            let promise = |(i, &g): (usize, &f32)| match settings.method {
-                Method::AdamW { .. } => f64::from(g.abs() * group.share(i, grad.len())),
+            let promise = |(&g, &share): (&f32, &f32)| match settings.method {
+                Method::AdamW { .. } => f64::from(g.abs() * share),
                 Method::Sgd => f64::from(g * g),
             };
-            Ok(group.rate * grad.iter().enumerate().map(promise).sum::<f64>())
+            Ok(group.rate * grad.iter().zip(&group.shares()).map(promise).sum::<f64>())
         })
         .map_err(candle)?;
     }
