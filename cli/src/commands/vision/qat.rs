@@ -106,23 +106,27 @@ enum DistillLoss {
 }
 
 impl Qat {
-    /// Distillation as it is typed, for outputs of so many dimensions.
-    fn distillation(&self, rank: usize) -> Result<Option<Distill>> {
-        let (share, temperature) = (self.distill, self.temperature);
-        let sound = temperature > 0.0 && temperature.is_finite() && share.is_none_or(|s| (0.0..=1.0).contains(&s));
-        if !sound {
-            return Err(Usage("--distill wants a share in 0..=1, --temperature a number above 0".into()).into());
+    /// Refuses numbers that distillation can't have.
+    fn check_distillation(&self) -> Result<()> {
+        let Self { distill, temperature, .. } = self;
+        match *temperature > 0.0 && temperature.is_finite() && distill.is_none_or(|s| (0.0..=1.0).contains(&s)) {
+            true => Ok(()),
+            false => Err(Usage("--distill wants a share in 0..=1, --temperature a number above 0".into()).into()),
         }
+    }
+
+    /// Distillation as it is typed, for outputs of so many dimensions.
+    fn distillation(&self, rank: usize) -> Option<Distill> {
         let by = match (self.distill_loss, Likeness::of_rank(rank)) {
             (Some(DistillLoss::Mse), _) | (None, Likeness::Values) => Likeness::Values,
-            _ => Likeness::Classes { temperature },
+            _ => Likeness::Classes { temperature: self.temperature },
         };
-        Ok(share.map(|share| Distill { share, by }))
+        self.distill.map(|share| Distill { share, by })
     }
 }
 
 /// How good a network is on other samples, as it is printed: right answers, or decibels of a teacher's values.
-#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Judged {
     share: Option<f64>,
     sqnr_db: Option<f64>,
@@ -151,6 +155,7 @@ impl std::fmt::Display for Judged {
 impl Run for Qat {
     fn run(self, session: &Session) -> Result<()> {
         self.output.check()?;
+        self.check_distillation()?;
         self.threads.set_for_conversion()?;
         // A step frees tensors of the sizes that the next one wants.
         nibble_kernels::keep_freed_memory();
@@ -205,7 +210,7 @@ impl Run for Qat {
             train::observe(&mut net, &data, self.observe, settings.seed)?;
         }
         let (sample, _) = data.batch(&[0], Augment::default(), 0)?;
-        settings.distill = self.distillation(float.forward(&sample, Mode::Evaluate)?.rank())?;
+        settings.distill = self.distillation(float.forward(&sample, Mode::Evaluate)?.rank());
         if settings.epochs > 0 && !self.training.has_rate() {
             let bearable = train::bearable_rate(&mut net, Some(&mut float), &data, &settings)?;
             settings.rate = bearable.map_or(settings.rate, |most| settings.rate.min(most));

@@ -86,10 +86,10 @@ impl Net {
     fn find_together(&mut self, model: &Model) {
         let dims: Option<Vec<usize>> = inputs(model).first().and_then(|i| i.dims.iter().copied().collect());
         let Some(dims) = dims.filter(|_| self.single) else { return };
-        let mut outputs = |samples: &[u32]| -> candle_core::Result<Vec<f32>> {
+        let mut outputs = |samples: &[usize]| -> candle_core::Result<Vec<f32>> {
             let size: usize = dims.iter().product();
             // Any values that differ.
-            let value = |sample: u32, i: usize| ((i as u32 * 7919 + sample * 104_729) % 257) as f32 / 128.0 - 1.0;
+            let value = |sample: usize, i: usize| ((i % 257 * 79 + sample * 101) % 257) as f32 / 128.0 - 1.0;
             let values = samples.iter().flat_map(|&s| (0..size).map(move |i| value(s, i))).collect();
             let x = Tensor::from_vec(values, [&[samples.len()], &dims[1..]].concat(), &Device::Cpu)?;
             let y = self.forward(&x, Mode::Evaluate).map_err(candle_core::Error::wrap)?;
