@@ -70,7 +70,8 @@ pub fn quantized_with(float: &Model, data: &Dataset, bits: u32, learn: bool, bat
     let seen = data.drawn(model.graph().input[0].name(), 64, 0).unwrap();
     let equalize = Equalize::Channels;
     let prepared = prepare(model, folded, &how.settings(), &seen, equalize, &options, &mut || ()).unwrap();
-    let mut net = Net::quantized(&prepared, &how).unwrap();
+    let float = Net::float(&prepared.model).unwrap();
+    let mut net = Net::quantized(&prepared, &float, &how).unwrap();
     if batch_norms {
         observe(&mut net, data, 64, 0).unwrap();
     }

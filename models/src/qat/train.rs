@@ -273,7 +273,7 @@ fn gradient(
 
 /// The learning rate at which one step, as the first gradient has it, would take away the whole loss. What a step of rate 1
 /// promises is a sum over all parameters: of the gradients' sizes with Adam, whose steps all have one length, and of their
-/// squares with plain descent. A network of tens of millions of weights that is nearly right bears ten thousand times less
+/// squares with plain descent. A network of tens of millions of weights that is nearly right bears a thousand times less
 /// than a small one.
 ///
 /// # Errors

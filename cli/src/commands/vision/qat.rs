@@ -204,8 +204,8 @@ impl Run for Qat {
         meter.begin(runs(&plan(&model, &how.settings(), &folded)?, equalize, &options) * seen.count()?, 0);
         let prepared = prepare(model, folded, &how.settings(), &seen, equalize, &options, &mut || meter.add_thing(""))?;
         drop(meter);
-        let mut net = Net::quantized(&prepared, &how)?;
         let mut float = Net::float(&prepared.model)?;
+        let mut net = Net::quantized(&prepared, &float, &how)?;
         if self.batch_norm > 0 {
             train::observe(&mut net, &data, self.observe, settings.seed)?;
         }
@@ -213,8 +213,10 @@ impl Run for Qat {
         settings.distill = self.distillation(float.forward(&sample, Mode::Evaluate)?.rank());
         if settings.epochs > 0 && !self.training.has_rate() {
             let bearable = train::bearable_rate(&mut net, Some(&mut float), &data, &settings)?;
-            settings.rate = bearable.map_or(settings.rate, |most| settings.rate.min(most));
-            session.remark(format!("learning rate {:.1e}", settings.rate));
+            // What is said is what is used, and can be typed.
+            let rate = format!("{:.1e}", bearable.map_or(settings.rate, |most| settings.rate.min(most)));
+            session.remark(format!("learning rate {rate}"));
+            settings.rate = rate.parse()?;
         }
         let judge = |net: &mut Net, float: &mut Net| Judged::of(net, valid.as_ref(), float, settings.distill);
         let of_float = match &valid {

@@ -103,15 +103,15 @@ impl Net {
     }
 
     /// The network of what `prepared` becomes in integers, with its float model's parameters: ranges are those of its
-    /// calibration, biases are corrected if that was wanted. It was planned by [`QatSettings::settings`].
+    /// calibration, biases are corrected if that was wanted. It was planned by [`QatSettings::settings`]; `float` is the
+    /// network of its float model.
     ///
     /// # Errors
     /// As [`Net::float`], and what quantizing refuses.
-    pub fn quantized(prepared: &Prepared, how: &QatSettings) -> Result<Net> {
-        let Prepared { model: float, plan, .. } = prepared;
-        let together = Net::float(float)?.together;
-        let mut net = build(&prepared.quantize()?, Some((float, how)))?;
-        net.together = together;
+    pub fn quantized(prepared: &Prepared, float: &Net, how: &QatSettings) -> Result<Net> {
+        let Prepared { model, plan, .. } = prepared;
+        let mut net = build(&prepared.quantize()?, Some((model, how)))?;
+        net.together = float.together;
         if net.weights.is_empty() {
             return Err(refuse("graph", "nothing in it is quantized: no Conv, Gemm or MatMul with constant weights"));
         }
